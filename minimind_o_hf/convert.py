@@ -1,0 +1,597 @@
+"""From the original's layout to one complete transformers directory, and back."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoImageProcessor,
+    FunAsrNanoEncoder,
+    FunAsrNanoEncoderConfig,
+    MimiModel,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionModel,
+)
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .files import new_directory, new_file
+from .modeling import MiniMindOConfig, MiniMindOForConditionalGeneration
+from .processing import MiniMindOFeatureExtractor, MiniMindOProcessor
+from .processing.processing_minimind_o import IMAGE_PROCESSOR_DEFAULTS
+
+PathLike = str | os.PathLike
+
+# In an original directory or repository; the remote code (`*.py`) stays where it is.
+_SOURCE_FILES = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.pth"]
+_TOWERS = ("audio_tower.", "vision_tower.")
+_SENSEVOICE_NAMES = {
+    "self_attn.linear_out.weight": "self_attn.o_proj.weight",
+    "self_attn.linear_out.bias": "self_attn.o_proj.bias",
+    "self_attn.fsmn_block.weight": "self_attn.fsmn.conv.weight",
+    "feed_forward.w_1.weight": "mlp.fc1.weight",
+    "feed_forward.w_1.bias": "mlp.fc1.bias",
+    "feed_forward.w_2.weight": "mlp.fc2.weight",
+    "feed_forward.w_2.bias": "mlp.fc2.bias",
+    "norm1.weight": "input_layernorm.weight",
+    "norm1.bias": "input_layernorm.bias",
+    "norm2.weight": "post_attention_layernorm.weight",
+    "norm2.bias": "post_attention_layernorm.bias",
+}
+
+
+def _some(names, limit: int = 5) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _local_directory(source: PathLike, what: str, patterns: list[str]) -> Path:
+    """The path itself where it exists; otherwise the files of a Hub repository that match `patterns`."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise OSError(f"{what}: {source} does not exist, and is no Hub id (`owner/name`) either.")
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise OSError(
+            f"{what}: {source} does not exist here and cannot be downloaded from the Hub: {error}"
+        ) from error
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from a safetensors or a PyTorch file, on the CPU; nothing is unpickled but tensors.
+
+    Raises:
+        OSError: the file is missing, truncated or damaged.
+        ValueError: it holds pickled objects, or something else than a flat dictionary of tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} holds pickled objects other than tensors, which are not loaded: {error}"
+            ) from error
+        raise OSError(f"{path} is damaged, or is no PyTorch file: {error}") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
+        raise OSError(f"{path} is truncated or damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
+    return state
+
+
+def _check_state(state: dict, path: Path) -> dict[str, torch.Tensor]:
+    other = [
+        str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+    ]
+    if other or not state:
+        raise ValueError(
+            f"{path} is no state dict of tensors: " + (f"it also holds {_some(other)}." if other else "empty.")
+        )
+    return state
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
+    return content
+
+
+# ---- SenseVoice ----
+
+
+def load_sensevoice_encoder(path: PathLike, num_attention_heads: int = 4) -> FunAsrNanoEncoder:
+    """Load the encoder of a SenseVoice-Small checkpoint into transformers' network of the same arithmetic.
+
+    Args:
+        path (`str` or `os.PathLike`): a `model.pt`, or a directory that holds one. Its tensors may be nested under
+            `state_dict`, `model` or `model_state_dict`; those not prefixed `encoder.` (the CTC head, …) are ignored.
+        num_attention_heads (`int`, *optional*, defaults to 4): the one size that no tensor's shape tells.
+
+    Returns:
+        `FunAsrNanoEncoder`: in evaluation mode, in the checkpoint's dtype.
+
+    Raises:
+        OSError: the file is missing or damaged.
+        ValueError: a tensor is missing, unknown or of an unexpected shape.
+    """
+    path = Path(path).expanduser()
+    path = path / "model.pt" if path.is_dir() else path
+    state = _read_tensors(path)
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    prefix = "encoder."
+    state = {name.removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
+    if not state:
+        raise ValueError(f"{path} holds no tensor whose name starts with `{prefix}`: it is no SenseVoice checkpoint.")
+    _check_state(state, path)
+
+    # The three parts run one after the other; each of the last two ends with a norm.
+    part_of = re.compile(r"(encoders0|encoders|tp_encoders)\.(\d+)\.(.+)")
+    sizes = dict.fromkeys(("encoders0", "encoders", "tp_encoders"), 0)
+    for name in state:
+        if match := part_of.fullmatch(name):
+            sizes[match[1]] = max(sizes[match[1]], int(match[2]) + 1)
+    starts = {"encoders0": 0, "encoders": sizes["encoders0"], "tp_encoders": sizes["encoders0"] + sizes["encoders"]}
+    num_layers = sum(sizes.values())
+
+    renamed, unknown = {}, []
+    for name, value in state.items():
+        match = part_of.fullmatch(name)
+        layer = f"layers.{starts[match[1]] + int(match[2])}" if match else None
+        if match and match[3] in _SENSEVOICE_NAMES:
+            renamed[f"{layer}.{_SENSEVOICE_NAMES[match[3]]}"] = value
+        elif match and match[3] in ("self_attn.linear_q_k_v.weight", "self_attn.linear_q_k_v.bias"):
+            if value.shape[0] % 3:
+                raise ValueError(
+                    f"{path}: encoder.{name} must hold three equal parts, its shape is {tuple(value.shape)}."
+                )
+            for projection, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"{layer}.self_attn.{projection}_proj.{match[3].rsplit('.', 1)[1]}"] = part
+        elif name in ("after_norm.weight", "after_norm.bias"):
+            renamed[f"layers.{starts['tp_encoders'] - 1}.final_layernorm.{name.rsplit('.', 1)[1]}"] = value
+        elif name in ("tp_norm.weight", "tp_norm.bias"):
+            renamed[f"layers.{num_layers - 1}.final_layernorm.{name.rsplit('.', 1)[1]}"] = value
+        else:
+            unknown.append(prefix + name)
+    if unknown:
+        raise ValueError(f"{path} holds tensors that SenseVoice-Small's encoder has not: {_some(unknown)}.")
+
+    first = "layers.0."
+    try:
+        input_size = renamed[first + "input_layernorm.weight"].shape[0]
+        num_mel_bins = FunAsrNanoEncoderConfig.num_mel_bins
+        if input_size % num_mel_bins:
+            raise ValueError(
+                f"{path}: features of {input_size} values are not whole frames of {num_mel_bins} mel bins."
+            )
+        config = FunAsrNanoEncoderConfig(
+            num_mel_bins=num_mel_bins,
+            num_stacked_frames=input_size // num_mel_bins,
+            hidden_size=renamed[first + "self_attn.o_proj.weight"].shape[0],
+            intermediate_size=renamed[first + "mlp.fc1.weight"].shape[0],
+            fsmn_kernel_size=renamed[first + "self_attn.fsmn.conv.weight"].shape[-1],
+            num_hidden_layers=num_layers,
+            num_timestamp_prediction_layers=sizes["tp_encoders"],
+            num_attention_heads=num_attention_heads,
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} lacks the tensor that becomes {error.args[0]}: its sizes cannot be told.") from error
+    if config.hidden_size % num_attention_heads:
+        raise ValueError(f"{path}: a width of {config.hidden_size} cannot be split into {num_attention_heads} heads.")
+    dtype = renamed[first + "input_layernorm.weight"].dtype
+    encoder, info = FunAsrNanoEncoder.from_pretrained(
+        None, config=config, state_dict=renamed, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    _check_loading(info, path)
+    return encoder
+
+
+def read_am_mvn(path: PathLike) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read SenseVoice's feature normalisation, `(features + shift) * scale`, from a Kaldi nnet text file (`am.mvn`).
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: shift and scale, float32, of the features' size (560) each.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such file, or its sizes do not agree.
+    """
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file.") from error
+    vectors = []
+    for tag in ("AddShift", "Rescale"):
+        match = re.search(rf"<{tag}>\s+(\d+)\s+(\d+)\s+<LearnRateCoef>\s+\S+\s+\[([^\]]*)\]", text)
+        if match is None:
+            raise ValueError(
+                f"{path} has no `<{tag}> N N <LearnRateCoef> 0 [ … ]`: it is no am.mvn, or it is truncated."
+            )
+        try:
+            vector = torch.tensor([float(value) for value in match[3].split()], dtype=torch.float32)
+        except ValueError as error:
+            raise ValueError(f"{path}: <{tag}> holds something else than numbers: {error}") from error
+        if not int(match[1]) == int(match[2]) == vector.numel() > 0:
+            raise ValueError(f"{path}: <{tag}> promises {match[1]} and {match[2]} values and holds {vector.numel()}.")
+        if not vector.isfinite().all():
+            raise ValueError(f"{path}: <{tag}> holds values that are not finite.")
+        vectors.append(vector)
+    shift, scale = vectors
+    if shift.numel() != scale.numel():
+        raise ValueError(f"{path}: {shift.numel()} shifts and {scale.numel()} scales do not agree.")
+    return shift, scale
+
+
+# ---- MiniMind-O ----
+
+
+@contextlib.contextmanager
+def _config_errors(path: PathLike) -> Iterator[None]:
+    """Turn the strict configurations' own exceptions, which are no `ValueError`, into one."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"The configuration of {path} does not hold together: {error}") from error
+
+
+def _read_source(source: PathLike) -> tuple[dict[str, torch.Tensor], MiniMindOConfig, Path]:
+    """State dict (original names), configuration, and the directory where tokenizer files may lie."""
+    path = _local_directory(source, "the checkpoint", _SOURCE_FILES)
+    if path.is_file():
+        state = _check_state(_read_tensors(path), path)
+        return state, _infer_config(state, path), path.parent
+
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no config.json: give a directory with one, or the .pth file itself.")
+    content = _read_json(path / "config.json")
+    if content.get("model_type") != MiniMindOConfig.model_type:
+        raise ValueError(
+            f"{path / 'config.json'} is of the model type {content.get('model_type')!r}, not "
+            f"{MiniMindOConfig.model_type!r}."
+        )
+    # Names of remote code; ours needs none.
+    content.pop("auto_map", None)
+    with _config_errors(path / "config.json"):
+        config = MiniMindOConfig.from_dict(content)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return _check_state(_read_tensors(path / name), path / name), config, path
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            state = {}
+            for shard in shards:
+                if Path(shard).name != shard:
+                    raise ValueError(f"{index} names a file outside its directory: {shard!r}.")
+                state |= _read_tensors(path / shard)
+            return _check_state(state, index), config, path
+    raise FileNotFoundError(f"{path} holds no model.safetensors and no pytorch_model.bin, whole or in shards.")
+
+
+def _infer_config(state: dict[str, torch.Tensor], path: Path) -> MiniMindOConfig:
+    """Configuration of a bare state dict: sizes from the tensors' shapes, everything else as released."""
+
+    def shape(name: str) -> torch.Size:
+        if name not in state:
+            raise ValueError(f"{path} lacks the tensor {name}: it is no MiniMind-O state dict, or it is incomplete.")
+        return state[name].shape
+
+    def count(pattern: str) -> int:
+        found = {int(match[1]) for name in state if (match := re.match(pattern, name))}
+        return max(found, default=-1) + 1
+
+    def stack(prefix: str) -> dict[str, int]:
+        layer = f"{prefix}.layers.0."
+        head_dim = shape(layer + "self_attn.q_norm.weight")[0]
+        sizes = {
+            "head_dim": head_dim,
+            "num_attention_heads": shape(layer + "self_attn.q_proj.weight")[0] // head_dim,
+            "num_key_value_heads": shape(layer + "self_attn.k_proj.weight")[0] // head_dim,
+        }
+        if layer + "mlp.gate.weight" in state:
+            sizes["num_experts"] = shape(layer + "mlp.gate.weight")[0]
+            sizes["moe_intermediate_size"] = shape(layer + "mlp.experts.0.gate_proj.weight")[0]
+        else:
+            sizes["intermediate_size"] = shape(layer + "mlp.gate_proj.weight")[0]
+        return sizes
+
+    vocab_size, hidden_size = shape("model.embed_tokens.weight")
+    audio_vocab_size, talker_hidden_size = shape("talker.embed_tokens.base.weight")
+    # 64 rows are for specials: 2,112 = 2,048 + 64 in the release.
+    codebook_size = audio_vocab_size - (MiniMindOConfig().audio_vocab_size - MiniMindOConfig().audio_codebook_size)
+    sizes = dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=count(r"model\.layers\.(\d+)\."),
+        use_moe="model.layers.0.mlp.gate.weight" in state,
+        **stack("model"),
+        talker_hidden_size=talker_hidden_size,
+        num_talker_hidden_layers=count(r"talker\.layers\.(\d+)\."),
+        **{f"talker_{name}": value for name, value in stack("talker").items()},
+        num_codebooks=count(r"talker\.embed_tokens\.adapters\.(\d+)\."),
+        audio_vocab_size=audio_vocab_size,
+        audio_codebook_size=codebook_size,
+        audio_pad_token=codebook_size + 1,
+        audio_stop_token=codebook_size + 2,
+        audio_spk_token=codebook_size + 3,
+        audio_adapter_rank=shape("talker.embed_tokens.adapters.0.0.weight")[1],
+        audio_hidden_size=shape("audio_proj.mlp.0.weight")[0],
+        image_hidden_size=shape("vision_proj.mlp.0.weight")[0],
+        spk_emb_size=shape("talker.spk_proj.weight")[1],
+    )
+    with _config_errors(path):
+        return MiniMindOConfig(**sizes)
+
+
+def _check_loading(info: dict, path: PathLike) -> None:
+    problems = []
+    if info["missing_keys"]:
+        problems.append(f"it lacks {len(info['missing_keys'])} tensors ({_some(info['missing_keys'])})")
+    if info["unexpected_keys"]:
+        problems.append(f"it holds {len(info['unexpected_keys'])} unknown tensors ({_some(info['unexpected_keys'])})")
+    if info["mismatched_keys"]:
+        shapes = [
+            f"{name}: {list(found)} instead of {list(wanted)}" for name, found, wanted in info["mismatched_keys"]
+        ]
+        problems.append(f"the shapes of {len(shapes)} tensors do not fit its configuration ({_some(shapes)})")
+    problems += info.get("error_msgs", [])
+    if problems:
+        raise ValueError(f"{path} cannot be converted: " + "; ".join(problems) + ".")
+
+
+def _build_model(
+    state: dict[str, torch.Tensor], config: MiniMindOConfig, dtype: torch.dtype | None, path: PathLike
+) -> MiniMindOForConditionalGeneration:
+    """The model with exactly these tensors, in `dtype` or else the embedding's."""
+    embedding = state.get("model.embed_tokens.weight")
+    if embedding is None:
+        raise ValueError(f"{path} lacks the tensor model.embed_tokens.weight: it is no MiniMind-O checkpoint.")
+    if config.tie_word_embeddings and not torch.equal(state.get("lm_head.weight", embedding), embedding):
+        raise ValueError(
+            f"{path}: lm_head.weight differs from model.embed_tokens.weight, but the configuration ties them."
+        )
+    try:
+        model, info = MiniMindOForConditionalGeneration.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype or embedding.dtype,
+            allow_missing=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        # Experts of different shapes, or too few of them, cannot be stacked.
+        raise ValueError(f"{path} cannot be converted: {error}") from error
+    _check_loading(info, path)
+    return model
+
+
+def _load_codec(source: PathLike, config: MiniMindOConfig) -> MimiModel:
+    source = os.fspath(source)
+    codec, info = MimiModel.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+    _check_loading(info | {"unexpected_keys": []}, source)
+    if codec.config.codebook_size != config.audio_codebook_size:
+        raise ValueError(
+            f"The codec of {source} has codebooks of {codec.config.codebook_size} codes, the checkpoint expects "
+            f"{config.audio_codebook_size}."
+        )
+    if codec.config.num_quantizers < config.num_codebooks:
+        raise ValueError(
+            f"The codec of {source} has {codec.config.num_quantizers} codebooks, the checkpoint needs "
+            f"{config.num_codebooks}."
+        )
+    return codec
+
+
+def _attach_audio_encoder(
+    source: PathLike, config: MiniMindOConfig, state: dict[str, torch.Tensor]
+) -> MiniMindOFeatureExtractor:
+    """Put a SenseVoice encoder into `config` and `state`; return the front-end with its normalisation."""
+    folder = _local_directory(source, "the audio encoder", ["model.pt", "am.mvn"])
+    shift, scale = read_am_mvn((folder if folder.is_dir() else folder.parent) / "am.mvn")
+    encoder = load_sensevoice_encoder(folder)
+    config.audio_config = encoder.config
+    _replace_tower(state, "audio_tower.", encoder)
+    return MiniMindOFeatureExtractor(
+        num_frames_lfr=encoder.config.num_stacked_frames,
+        max_frames=encoder.config.max_position_embeddings - 1,
+        cmvn_shift=shift.tolist(),
+        cmvn_scale=scale.tolist(),
+    )
+
+
+def _attach_vision_encoder(source: PathLike, config: MiniMindOConfig, state: dict[str, torch.Tensor]):
+    """Put a SigLIP2 vision encoder into `config` and `state`; return its image processor."""
+    source = os.fspath(source)
+    encoder, info = SiglipVisionModel.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
+    # A whole SigLIP has a text half too.
+    _check_loading(info | {"unexpected_keys": []}, source)
+    config.vision_config = encoder.config
+    _replace_tower(state, "vision_tower.", encoder)
+    return AutoImageProcessor.from_pretrained(source)
+
+
+def _replace_tower(state: dict[str, torch.Tensor], prefix: str, encoder: torch.nn.Module) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
+    state.update({prefix + name: tensor for name, tensor in encoder.state_dict().items()})
+
+
+def _load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | PathLike | None, folder: Path, config: MiniMindOConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one beside the weights, checked against the configuration's ids."""
+    if tokenizer is None:
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{folder} holds no tokenizer.json: say where the checkpoint's tokenizer is (`tokenizer`)."
+            )
+        tokenizer = folder
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} entries, the checkpoint's vocabulary {config.vocab_size}."
+        )
+    wanted = {
+        config.audio_special_token: config.audio_token_id,
+        config.image_special_token: config.image_token_id,
+        tokenizer.eos_token: config.eos_token_id,
+    }
+    for token, token_id in wanted.items():
+        if (found := tokenizer.convert_tokens_to_ids(token)) != token_id:
+            raise ValueError(
+                f"The tokenizer's id of {token!r} is {found}, the checkpoint's {token_id}: it is another's."
+            )
+    return tokenizer
+
+
+def convert_checkpoint(
+    source: PathLike,
+    directory: PathLike,
+    audio_encoder: PathLike | None = None,
+    vision_encoder: PathLike | None = None,
+    codec: PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: PreTrainedTokenizerBase | PathLike | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Make one complete directory, which the Auto classes load alone, from an original checkpoint and its parts.
+
+    What is not given is left out (the model then says how to attach it), or taken over where `source` is itself such a
+    complete directory. Hub ids are downloaded; no remote code is run and nothing but tensors is unpickled.
+
+    Args:
+        source (`str` or `os.PathLike`): an original directory or Hub id (flat `config.json`, `pytorch_model.bin` or
+            safetensors, tokenizer files), or a bare state dict file (`.pth`, `.bin` or `.safetensors`), whose
+            configuration is told from the tensors' shapes and otherwise the release's.
+        directory (`str` or `os.PathLike`): the directory to make.
+        audio_encoder (`str` or `os.PathLike`, *optional*): SenseVoice-Small: a directory or Hub id with `model.pt` and
+            `am.mvn`.
+        vision_encoder (`str` or `os.PathLike`, *optional*): SigLIP2: a directory or Hub id.
+        codec (`str` or `os.PathLike`, *optional*): Mimi: a directory or Hub id. It keeps its own dtype.
+        dtype (`torch.dtype`, *optional*): dtype of the saved model, encoders included; the source's by default, so a
+            float16 source stays float16 (to be run in bfloat16 or float32).
+        tokenizer (`PreTrainedTokenizerBase`, `str` or `os.PathLike`, *optional*): the one beside the weights by
+            default.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a checkpoint that stands in `directory`.
+
+    Returns:
+        `Path`: the directory.
+
+    Raises:
+        FileExistsError: `directory` is not empty.
+        OSError: a file is missing, truncated or damaged, or a Hub id cannot be reached.
+        ValueError: tensors are missing, unknown or of a wrong shape, or the parts do not fit each other.
+    """
+    target = Path(directory).expanduser().resolve()
+    if Path(source).expanduser().resolve() == target:
+        raise ValueError(f"{target} is the source: give another directory for the result.")
+    with new_directory(target, overwrite) as temporary:
+        state, config, folder = _read_source(source)
+        tokenizer = _load_tokenizer(tokenizer, folder, config)
+        is_complete = (folder / "processor_config.json").is_file()
+        parts = MiniMindOProcessor.from_pretrained(folder) if is_complete else None
+        feature_extractor = parts.feature_extractor if parts else MiniMindOFeatureExtractor()
+        image_processor = parts.image_processor if parts else SiglipImageProcessorPil(**IMAGE_PROCESSOR_DEFAULTS)
+        audio_tokenizer = parts.audio_tokenizer if parts else None
+        if audio_encoder is not None:
+            feature_extractor = _attach_audio_encoder(audio_encoder, config, state)
+        if vision_encoder is not None:
+            image_processor = _attach_vision_encoder(vision_encoder, config, state)
+        if codec is not None:
+            audio_tokenizer = _load_codec(codec, config)
+        with _config_errors(source):
+            config.validate()
+        model = _build_model(state, config, dtype, source)
+        processor = MiniMindOProcessor(
+            feature_extractor=feature_extractor,
+            tokenizer=tokenizer,
+            image_processor=image_processor,
+            audio_tokenizer=audio_tokenizer,
+            chat_template=parts.chat_template if parts else None,
+            voices=parts.voices if parts else None,
+            image_token_len=config.image_token_len,
+            num_codebooks=config.num_codebooks,
+            audio_pad_code=config.audio_pad_token,
+            audio_codebook_size=config.audio_codebook_size,
+            speaker_embedding_size=config.spk_emb_size,
+        )
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+    return target
+
+
+def export_original(
+    source_directory: PathLike, path: PathLike, dtype: torch.dtype = torch.float16, overwrite: bool = False
+) -> Path:
+    """Write a checkpoint's Thinker, Talker and projectors as the original's bare state dict (`.pth`).
+
+    The original's tensor names are kept: one tensor per expert, `lm_head.weight` beside the embedding. Encoders, codec
+    and processor are not in it. The file is read back and compared before it gets its name.
+
+    Args:
+        source_directory (`str` or `os.PathLike`): a complete or original directory, or a Hub id.
+        path (`str` or `os.PathLike`): the file to write.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float16`): dtype of the written tensors, the release's by
+            default; `torch.float32` loses nothing.
+        overwrite (`bool`, *optional*, defaults to `False`): replace the file where it exists.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        FileExistsError: `path` exists.
+        OSError: a file is missing or damaged, or what was written does not come back equal.
+        ValueError: the source is incomplete, or a value is not finite in `dtype`.
+    """
+    target = Path(path).expanduser().resolve()
+    if target.is_dir() or (target.exists() and not overwrite):
+        raise FileExistsError(f"{target} exists: give another file, or overwrite it explicitly.")
+    state, config, _ = _read_source(source_directory)
+    model = _build_model(state, config, dtype=None, path=source_directory)
+    tensors = {}
+    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
+        if not name.startswith(_TOWERS):
+            # A copy each: an expert is a view of the fused tensor, and saving a view saves all it looks at.
+            tensors[name] = tensor.detach().to(dtype, copy=True).contiguous()
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"Values of {_some(bad)} are not finite in {dtype}: choose torch.bfloat16 or torch.float32.")
+    with new_file(target) as temporary:
+        torch.save(tensors, temporary)
+        written = _read_tensors(temporary)
+        if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensors[name]) for name in tensors):
+            raise OSError(f"What was written for {target} does not come back equal: is the disk full or failing?")
+    return target
+
+
+__all__ = ["convert_checkpoint", "export_original", "load_sensevoice_encoder", "read_am_mvn"]

@@ -1,0 +1,26 @@
+"""Configuration, model and generation of MiniMind-O. These files import only each other and transformers."""
+
+from .configuration_minimind_o import MiniMindOConfig
+from .delay_pattern_minimind_o import apply_delay_pattern, place_voice, revert_delay_pattern
+from .generation_minimind_o import MiniMindOGenerateOutput, MiniMindOStreamer
+from .modeling_minimind_o import (
+    MiniMindOForConditionalGeneration,
+    MiniMindOOutputWithPast,
+    MiniMindOPreTrainedModel,
+    MiniMindOTalkerModel,
+    MiniMindOThinkerModel,
+)
+
+__all__ = [
+    "MiniMindOConfig",
+    "MiniMindOForConditionalGeneration",
+    "MiniMindOGenerateOutput",
+    "MiniMindOOutputWithPast",
+    "MiniMindOPreTrainedModel",
+    "MiniMindOStreamer",
+    "MiniMindOTalkerModel",
+    "MiniMindOThinkerModel",
+    "apply_delay_pattern",
+    "place_voice",
+    "revert_delay_pattern",
+]

@@ -1,0 +1,672 @@
+"""Generation: one text token and `num_codebooks` delayed speech codes a step, for whole batches.
+
+Everything that touches transformers' private generation helpers is in this file.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .delay_pattern_minimind_o import place_voice, revert_delay_pattern
+
+# The released model's settings. They stand in for transformers' own fallbacks (greedy, top-k 50, 20 tokens) wherever
+# neither the call nor generation_config.json says otherwise.
+_GENERATION_DEFAULTS = {
+    "do_sample": True,
+    "temperature": 0.75,
+    "top_p": 0.9,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "max_new_tokens": 512,
+    "return_dict_in_generate": True,
+    "audio_temperature": 0.2,
+    "audio_top_k": 50,
+    "audio_repetition_penalty": 1.05,
+    "audio_repetition_window": 3,
+    "post_text_token_id": 234,
+    "generation_mode": None,
+}
+
+# Inputs stacked over the batch's clips or pictures instead of its rows.
+_CLIP_INPUTS = ("input_features", "input_features_mask", "audio_hidden_states")
+_PICTURE_INPUTS = ("pixel_values", "image_hidden_states")
+
+
+@dataclass
+class MiniMindOGenerateOutput(GenerateDecoderOnlyOutput):
+    """
+    Output of [`MiniMindOForConditionalGeneration.generate`].
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch_size, prompt_length + num_text_tokens)`):
+            The prompts and the answers' text, each up to its end token, then padding.
+        scores, logits (`tuple(torch.FloatTensor)`, *optional*, returned with `output_scores` and `output_logits`):
+            Per step, the text scores after and before the logits processors, each `(batch_size, vocab_size)`.
+        attentions, hidden_states (`tuple`, *optional*):
+            Per step, the Thinker's.
+        past_key_values (`Cache`, *optional*):
+            Keys and values of both stacks, without the last step's.
+        prompt_length (`int`):
+            Length of the (padded) prompts in `sequences`.
+        audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, num_frames)`, *optional*):
+            The speech as codec codes, not delayed, 0 where `audio_codes_mask` is. `None` for text alone.
+        audio_codes_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`, *optional*):
+            True for each row's frames, which come first.
+        audio_scores, audio_logits (`tuple(torch.FloatTensor)`, *optional*, with `output_scores` and `output_logits`):
+            Per step, the code scores after and before the repetition penalty, each `(batch_size, num_codebooks,
+            audio_vocab_size)`.
+    """
+
+    prompt_length: int | None = None
+    audio_codes: torch.LongTensor | None = None
+    audio_codes_mask: torch.BoolTensor | None = None
+    audio_scores: tuple[torch.FloatTensor, ...] | None = None
+    audio_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+class MiniMindOStreamer(BaseStreamer):
+    """
+    Receives an answer while it is generated. Subclass it and pass it as `streamer=`; a plain text streamer of transformers
+    works too, and gets the text alone.
+    """
+
+    def put(self, value: torch.LongTensor):
+        """Text tokens: first the prompts `(batch_size, prompt_length)`, then `(batch_size,)` a step, pad in ended rows."""
+        raise NotImplementedError
+
+    def put_audio(self, codes: torch.LongTensor, mask: torch.BoolTensor):
+        """One frame of codes `(batch_size, num_codebooks)`; only the rows where `mask` `(batch_size,)` is True have one."""
+        raise NotImplementedError
+
+    def end(self):
+        """The answers are complete."""
+        raise NotImplementedError
+
+
+def sample_from_uniform(scores: torch.FloatTensor, uniform: torch.FloatTensor) -> torch.LongTensor:
+    """
+    Draws from the softmax of `scores` by inverting its cumulative distribution, so that one uniform number decides a draw.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(..., size)`): Scores in float32; -inf is never drawn.
+        uniform (`torch.FloatTensor` of shape `(...)`): Numbers in [0, 1).
+
+    Returns:
+        `torch.LongTensor` of shape `(...)`.
+    """
+    cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[..., -1:]
+    # Strictly below the total, which rounding could otherwise reach: the entry drawn then has a probability above 0.
+    threshold = torch.minimum(uniform.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return (cumulative <= threshold).sum(dim=-1)
+
+
+def penalize_repetition(
+    scores: torch.FloatTensor, recent_codes: torch.LongTensor, penalty: float
+) -> torch.FloatTensor:
+    """
+    Makes each codebook's recent codes less likely, once for each time they occur among them.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(batch_size, num_codebooks, audio_vocab_size)`): Code scores.
+        recent_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, window)`): The codes of the last steps.
+        penalty (`float`): What positive scores are divided by and negative ones multiplied by.
+    """
+    if penalty == 1.0 or recent_codes.shape[-1] == 0:
+        return scores
+    count = (recent_codes.unsqueeze(-1) == recent_codes.unsqueeze(-2)).sum(dim=-1)
+    factor = penalty**count
+    recent = scores.gather(-1, recent_codes)
+    # Equal codes have equal counts, so it does not matter which of them is written last.
+    return scores.scatter(-1, recent_codes, torch.where(recent > 0, recent / factor, recent * factor))
+
+
+class MiniMindOGenerationMixin(GenerationMixin):
+    """The generation loop of MiniMind-O."""
+
+    _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        reference_codes: torch.LongTensor | None = None,
+        speaker_embeddings: torch.FloatTensor | None = None,
+        audio_codes: torch.LongTensor | None = None,
+        seeds: list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MiniMindOGenerateOutput | torch.LongTensor:
+        r"""
+        Answers a batch of prompts with text and speech. Takes what [`GenerationMixin.generate`] takes, for greedy decoding
+        and sampling, and the following.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
+                Prompts, left padded (also as `input_ids`).
+            generation_config (`GenerationConfig`, *optional*):
+                Settings of this call; each can also be passed by name.
+            reference_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, num_frames)`, *optional*):
+                Codec codes of a recording of the voice to speak with, right aligned, padded on the left with
+                `config.audio_pad_token`. A row of pad has none. Its last part is used where the row's prompt is shorter.
+            speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)`, *optional*):
+                The voices' embeddings. A row of zeros has none.
+            audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, prompt_length)`, *optional*):
+                Codes at the prompts' positions, for callers that lay them out themselves; not with the two above.
+            seeds (`list[int]`, *optional*):
+                One seed for each returned row: its answer then does not depend on the rest of the batch. Without, draws come
+                from PyTorch's global generator.
+            temperature, top_p, top_k, repetition_penalty, ... :
+                Sampling of the text, by transformers' logits processors.
+            audio_temperature (`float`, defaults to 0.2), audio_top_k (`int`, defaults to 50; 0 for all):
+                Sampling of the codes.
+            audio_repetition_penalty (`float`, defaults to 1.05), audio_repetition_window (`int`, defaults to 3):
+                Each of a codebook's codes of the last steps is penalised, once for every time it occurs.
+            post_text_token_id (`int`, defaults to 234, a newline):
+                The token fed once after the text's end, while speech goes on; then pad.
+            generation_mode (`str`, *optional*):
+                `"text"` for text alone (the Talker does not run), `"audio"` or `None` for text and speech.
+            max_new_tokens (`int`, defaults to 512):
+                Steps, with and without text; 12.5 of them are a second of speech.
+            stopping_criteria (`StoppingCriteriaList`, *optional*):
+                End tokens and stop strings end a row's text, and its speech goes on to its own end; any other criterion ends
+                the row.
+            streamer (`BaseStreamer`, *optional*):
+                A [`MiniMindOStreamer`] gets text tokens and frames as they appear.
+
+        Returns:
+            [`MiniMindOGenerateOutput`], or `sequences` alone with `return_dict_in_generate=False`.
+
+        Raises:
+            ValueError: Inputs that do not fit each other, modes that this model has not (beam search, assisted generation),
+                or scores that are not finite (the weights are damaged or in float16).
+        """
+        input_ids = kwargs.pop("input_ids", None)
+        if inputs is not None and input_ids is not None:
+            raise ValueError("Pass the prompts as `inputs` or as `input_ids`, not both.")
+        inputs = input_ids if inputs is None else inputs
+        inputs_embeds = kwargs.get("inputs_embeds")
+        prompt = inputs if inputs_embeds is None else inputs_embeds
+        if prompt is None:
+            raise ValueError("Pass prompts as `input_ids` (see the processor's `apply_chat_template`).")
+        if inputs_embeds is None and (prompt.dim() != 2 or prompt.is_floating_point() or prompt.numel() == 0):
+            raise ValueError(
+                "`input_ids` must be a non-empty integer tensor of shape (batch_size, prompt_length), got "
+                f"{tuple(prompt.shape)} of {prompt.dtype}."
+            )
+        self._check_no_bare_placeholder(inputs, kwargs)
+        attention_mask = self._checked_attention_mask(prompt, kwargs.pop("attention_mask", None))
+        voice = self._checked_voice(prompt.shape[0], reference_codes, speaker_embeddings)
+        if audio_codes is not None:
+            if reference_codes is not None:
+                raise ValueError("Pass `reference_codes`, or lay the codes out yourself in `audio_codes`, not both.")
+        elif attention_mask.shape[1] == prompt.shape[1]:
+            end = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
+            audio_codes = place_voice(
+                attention_mask.sum(dim=1),
+                end,
+                prompt.shape[1],
+                self.config.num_codebooks,
+                self.config.audio_pad_token,
+                self.config.audio_spk_token,
+                **voice,
+            )
+        elif reference_codes is not None or speaker_embeddings is not None:
+            raise ValueError(
+                "A voice needs the whole prompt: pass every token's id along with `past_key_values`, not the new ones only."
+            )
+        if voice["speaker_embeddings"] is not None:
+            kwargs["speaker_embeddings"] = voice["speaker_embeddings"]
+        return super().generate(
+            inputs,
+            generation_config=generation_config,
+            attention_mask=attention_mask,
+            audio_codes=audio_codes,
+            seeds=seeds,
+            **kwargs,
+        )
+
+    def _check_no_bare_placeholder(self, input_ids: torch.LongTensor | None, kwargs: dict):
+        """Refuses prompts that announce clips or pictures where none are passed (`forward` compares the counts)."""
+        cache = kwargs.get("past_key_values")
+        if input_ids is None or (cache is not None and cache.get_seq_length() > 0):
+            return
+        for names, token_id, kind in (
+            (_CLIP_INPUTS, self.config.audio_token_id, "speech"),
+            (_PICTURE_INPUTS, self.config.image_token_id, "picture"),
+        ):
+            count = int((input_ids == token_id).sum())
+            if count and all(kwargs.get(name) is None for name in names):
+                raise ValueError(
+                    f"The prompts have {count} {kind} placeholders (id {token_id}), but 0 {kind} inputs were passed: pass "
+                    f"`{names[0]}`."
+                )
+
+    def _checked_attention_mask(self, prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
+        """The mask of the batch padding, which must be on the left: an answer follows its prompt directly."""
+        if attention_mask is None:
+            pad = self.generation_config.pad_token_id
+            if prompt.dim() == 3 or pad is None:
+                return torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+            # Only leading pads are padding: inside a prompt, pad is a token like others.
+            return ((prompt != pad).long().cumsum(dim=-1) > 0).long()
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != prompt.shape[0]:
+            raise ValueError(
+                f"`attention_mask` must have the shape (batch_size, prompt_length), got {tuple(attention_mask.shape)} for "
+                f"{prompt.shape[0]} prompts."
+            )
+        mask = attention_mask.long()
+        if (mask.diff(dim=1) < 0).any() or (mask[:, -1] == 0).any():
+            raise ValueError(
+                "`attention_mask` must hide padding on the left only, an answer follows its prompt directly: use "
+                '`padding_side="left"` for generation.'
+            )
+        return mask
+
+    def _checked_voice(
+        self,
+        batch_size: int,
+        reference_codes: torch.LongTensor | None,
+        speaker_embeddings: torch.FloatTensor | None,
+    ) -> dict[str, torch.Tensor | None]:
+        config = self.config
+        if reference_codes is not None:
+            self._check_codes("reference_codes", reference_codes, 0, (batch_size, config.num_codebooks, None), False)
+            is_pad = reference_codes == config.audio_pad_token
+            is_code = (reference_codes >= 0) & (reference_codes < config.audio_codebook_size)
+            started = (~is_pad.all(dim=1)).long().cumsum(dim=-1) > 0
+            if not torch.where(started.unsqueeze(1), is_code, is_pad).all():
+                raise ValueError(
+                    f"`reference_codes` must hold codes from 0 to {config.audio_codebook_size - 1}, padded on the left with "
+                    f"{config.audio_pad_token}; got values from {int(reference_codes.min())} to {int(reference_codes.max())}."
+                )
+        if speaker_embeddings is not None:
+            shape = (batch_size, config.spk_emb_size)
+            if tuple(speaker_embeddings.shape) != shape or not speaker_embeddings.is_floating_point():
+                raise ValueError(
+                    f"`speaker_embeddings` must be a float tensor of shape {shape}, got {tuple(speaker_embeddings.shape)} of "
+                    f"{speaker_embeddings.dtype}."
+                )
+            if not torch.isfinite(speaker_embeddings).all():
+                raise ValueError("`speaker_embeddings` must be finite, got NaN or infinity.")
+        return {"reference_codes": reference_codes, "speaker_embeddings": speaker_embeddings}
+
+    def _fill_generation_defaults(self):
+        """Gives the model's generation config the released settings where it has none."""
+        defaults = {
+            **_GENERATION_DEFAULTS,
+            "suppress_tokens": [self.config.image_token_id, self.config.audio_token_id],
+        }
+        for name, value in defaults.items():
+            if getattr(self.generation_config, name, None) is None:
+                setattr(self.generation_config, name, value)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict]:
+        self._fill_generation_defaults()
+        seeds = kwargs.pop("seeds", None)
+
+        def is_set(name: str) -> bool:
+            return kwargs.get(name) is not None or getattr(generation_config, name, None) is not None
+
+        # `max_length` alone is a choice of the caller's: the default number of new tokens must not override it.
+        drop_max_new_tokens = is_set("max_length") and not is_set("max_new_tokens")
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if drop_max_new_tokens:
+            generation_config.max_new_tokens = None
+        generation_config.seeds = seeds
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "`prefill_chunk_size` is not supported: speech codes and clips are laid out over a whole prompt."
+            )
+        if generation_config.generation_mode not in (None, "text", "audio"):
+            raise ValueError(
+                f"`generation_mode` must be 'text', 'audio' or None, got {generation_config.generation_mode!r}."
+            )
+        for name in ("audio_temperature", "audio_repetition_penalty"):
+            if not getattr(generation_config, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(generation_config, name)}.")
+        for name in ("audio_top_k", "audio_repetition_window"):
+            value = getattr(generation_config, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"`{name}` must be an integer of at least 0, got {value}.")
+        return generation_config, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor | None = None,
+        audio_codes: torch.LongTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        embeds = model_inputs.get("inputs_embeds")
+        tokens = embeds if embeds is not None else model_inputs["input_ids"]
+        if audio_codes is not None:
+            model_inputs["audio_codes"] = audio_codes[..., -tokens.shape[1] :].to(tokens.device)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            # The encoders' outputs went into the prompt; transformers drops the raw inputs itself.
+            for name in ("audio_hidden_states", "image_hidden_states"):
+                model_inputs.pop(name, None)
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Repeats rows, and with each row its own clips and pictures."""
+        stacked = {name: model_kwargs.pop(name, None) for name in _CLIP_INPUTS + _PICTURE_INPUTS}
+        prompt_ids = input_ids
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if expand_size > 1:
+            for names, token_id in (
+                (_CLIP_INPUTS, self.config.audio_token_id),
+                (_PICTURE_INPUTS, self.config.image_token_id),
+            ):
+                inputs = {name: stacked[name] for name in names if stacked[name] is not None}
+                if not inputs:
+                    continue
+                if prompt_ids is None or prompt_ids.shape[1] == 0:
+                    raise ValueError(
+                        "`num_return_sequences` with clips or pictures needs `input_ids`, to tell rows apart."
+                    )
+                tensor = next(iter(inputs.values()))
+                mask = inputs.get("input_features_mask")
+                if mask is not None:
+                    lengths = mask.long().sum(dim=1)
+                else:
+                    size = self.config.image_token_len if "pixel_values" in inputs else tensor.shape[1]
+                    lengths = torch.full((len(tensor),), size)
+                row_ends = (prompt_ids == token_id).sum(dim=1).cumsum(0).cpu()
+                row_of_input = torch.searchsorted(row_ends, lengths.cumsum(0).cpu())
+                index = torch.cat(
+                    [(row_of_input == row).nonzero().flatten().repeat(expand_size) for row in range(len(prompt_ids))]
+                )
+                stacked.update({name: value[index.to(value.device)] for name, value in inputs.items()})
+        model_kwargs.update({name: value for name, value in stacked.items() if value is not None})
+        return input_ids, model_kwargs
+
+    def _thinks(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
+        """Whether each prompt ends inside an open `<think>` block of the answer it begins."""
+        order = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+
+        def last(token_id: int | None) -> torch.LongTensor:
+            return (
+                ((input_ids == token_id) * order).amax(dim=1)
+                if token_id is not None
+                else order.new_zeros(len(input_ids))
+            )
+
+        opened = last(self.config.think_start_id)
+        return (opened > last(self.config.bos_token_id)) & (opened > last(self.config.think_end_ids[0]))
+
+    def _uniforms(self, seeds, num_rows: int, num_steps: int, device: torch.device) -> torch.FloatTensor | None:
+        """Every step's uniform numbers of each row `(num_rows, num_steps, 1 + num_codebooks)`, drawn from the row's seed."""
+        if seeds is None:
+            return None
+        seeds = [int(seed) for seed in seeds]
+        if len(seeds) != num_rows:
+            raise ValueError(f"`seeds` must hold one seed for each of the {num_rows} returned rows, got {len(seeds)}.")
+        size = (num_steps, 1 + self.config.num_codebooks)
+        # On the CPU, so that a seed means the same on every device.
+        rows = [torch.rand(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(device)
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs,
+    ) -> MiniMindOGenerateOutput | torch.LongTensor:
+        """One step: the text token, then the codes of all codebooks, from the last position's scores."""
+        config, device = self.config, input_ids.device
+        batch_size, prompt_length = input_ids.shape
+        num_codebooks = config.num_codebooks
+        speaks = generation_config.generation_mode != "text"
+        model_kwargs["run_talker"] = speaks
+        if not speaks:
+            model_kwargs.pop("audio_codes", None)
+        do_sample = generation_config.do_sample
+        max_steps = max(generation_config.max_length - prompt_length, 1)
+        uniforms = self._uniforms(generation_config.seeds, batch_size, max_steps, device) if do_sample else None
+        pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
+        post_text = generation_config.post_text_token_id
+        ends_text = [c for c in stopping_criteria if isinstance(c, (EosTokenCriteria, StopStringCriteria))]
+        ends_row = [
+            c
+            for c in stopping_criteria
+            if not isinstance(c, (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria))
+        ]
+
+        # What logits processors and criteria see: the text alone, without the fill after its end. Batch padding shows the
+        # row's first token instead of pad, so that penalties do not depend on the batch.
+        text_ids = input_ids
+        if (
+            prompt_length
+            and (mask := model_kwargs.get("attention_mask")) is not None
+            and mask.shape == input_ids.shape
+        ):
+            first = input_ids.gather(1, mask.long().argmax(dim=1, keepdim=True))
+            text_ids = torch.where(mask.bool(), input_ids, first)
+        thinks = self._thinks(input_ids) if prompt_length else torch.zeros(batch_size, dtype=torch.bool, device=device)
+        think_end = torch.tensor(config.think_end_ids, device=device)
+
+        # Step at which codebook 0 starts: one after the text's first token, two after the last of `</think>\n\n`.
+        never = max_steps + num_codebooks
+        start = torch.where(thinks, never, 1)
+        delay = torch.arange(num_codebooks, device=device)
+        history = torch.full((batch_size, num_codebooks, max_steps), config.audio_pad_token, device=device)
+        stopped = torch.zeros(batch_size, num_codebooks, dtype=torch.bool, device=device)
+        speech_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        text_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        text_steps = torch.zeros(batch_size, dtype=torch.long, device=device)
+        row_steps = torch.zeros(batch_size, dtype=torch.long, device=device)
+        finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        feed_post_text = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        no_frame_start = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+        keep = generation_config.return_dict_in_generate
+        records = {
+            name: () if keep and wanted else None
+            for name, wanted in (
+                ("scores", generation_config.output_scores),
+                ("logits", generation_config.output_logits),
+                ("audio_scores", generation_config.output_scores and speaks),
+                ("audio_logits", generation_config.output_logits and speaks),
+                ("attentions", generation_config.output_attentions),
+                ("hidden_states", generation_config.output_hidden_states),
+            )
+        }
+
+        def record(name: str, value: Any):
+            if records[name] is not None:
+                records[name] += (value,)
+
+        model_forward = (
+            self.get_compiled_call(generation_config.compile_config)
+            if self._valid_auto_compile_criteria(model_kwargs, generation_config)
+            else self.__call__
+        )
+        outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+
+        step, all_finished = 0, False
+        with self._optimize_model_for_decode():
+            while self._has_unfinished_sequences(all_finished, synced_gpus, device=device):
+                if step > 0 or outputs is None:
+                    model_inputs = self.prepare_inputs_for_generation(
+                        input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
+                    )
+                    outputs = model_forward(**model_inputs, return_dict=True)
+                model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
+                if synced_gpus and all_finished:
+                    continue
+
+                # Text
+                logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
+                scores = logits_processor(text_ids, logits)
+                uniform = None
+                if do_sample:
+                    uniform = (
+                        torch.rand(batch_size, 1 + num_codebooks, device=device)
+                        if uniforms is None
+                        else uniforms[:, step]
+                    )
+                    token = sample_from_uniform(scores, uniform[:, 0])
+                else:
+                    token = scores.argmax(dim=-1)
+                is_broken = ~torch.isfinite(logits).all()
+                text_token = torch.where(text_ended, pad, token)
+                text_ids = torch.cat([text_ids, text_token[:, None]], dim=-1)
+                fed_token = torch.where(feed_post_text, post_text, text_token)
+                input_ids = torch.cat([input_ids, fed_token[:, None]], dim=-1)
+                text_was_live = ~text_ended
+                text_steps += text_was_live
+                for criterion in ends_text:
+                    text_ended = text_ended | criterion(text_ids, scores)
+                feed_post_text = text_was_live & text_ended
+                if text_ids.shape[1] >= len(think_end):
+                    just_thought = thinks & text_was_live & (text_ids[:, -len(think_end) :] == think_end).all(dim=-1)
+                    start = torch.where(just_thought & (start == never), step + 2, start)
+
+                # Codes
+                row_ends = text_ended
+                frame, has_frame = None, None
+                if speaks:
+                    audio_logits = outputs.audio_logits[:, :, -1].to(copy=True, dtype=torch.float32, device=device)
+                    is_broken = is_broken | ~torch.isfinite(audio_logits).all()
+                    window = history[:, :, max(step - generation_config.audio_repetition_window, 0) : step]
+                    audio_scores = penalize_repetition(
+                        audio_logits, window, generation_config.audio_repetition_penalty
+                    )
+                    if do_sample:
+                        top_k = min(generation_config.audio_top_k or config.audio_vocab_size, config.audio_vocab_size)
+                        top_scores, top_codes = audio_scores.topk(top_k, dim=-1)
+                        drawn = sample_from_uniform(top_scores / generation_config.audio_temperature, uniform[:, 1:])
+                        codes = top_codes.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+                    else:
+                        codes = audio_scores.argmax(dim=-1)
+                    started = step >= start[:, None] + delay
+                    codes = torch.where(started, codes, config.audio_pad_token)
+                    history[:, :, step] = codes
+                    stopped |= started & (codes >= config.audio_codebook_size)
+                    if step >= num_codebooks - 1:
+                        # The diagonal of the last steps is the frame that its last codebook completes now.
+                        diagonal = history[:, :, step - num_codebooks + 1 : step + 1]
+                        frame, is_frame = revert_delay_pattern(diagonal, no_frame_start, config.audio_codebook_size)
+                        in_speech = step >= start + num_codebooks - 1
+                        has_frame = in_speech & is_frame[:, 0] & ~speech_ended & ~finished
+                        speech_ended = speech_ended | (in_speech & ~is_frame[:, 0])
+                    # An answer that ends inside its thoughts never starts to speak.
+                    row_ends = text_ended & (stopped.all(dim=-1) | (start == never))
+                    next_codes = codes.unsqueeze(-1)
+                    if not model_kwargs["use_cache"]:
+                        next_codes = torch.cat([model_kwargs["audio_codes"], next_codes], dim=-1)
+                    model_kwargs["audio_codes"] = next_codes
+                    record("audio_scores", audio_scores)
+                    record("audio_logits", audio_logits)
+                record("scores", scores)
+                record("logits", logits)
+                record("attentions", outputs.attentions)
+                record("hidden_states", outputs.hidden_states)
+
+                row_steps += ~finished
+                for criterion in ends_row:
+                    row_ends = row_ends | criterion(text_ids, scores)
+                finished = finished | row_ends
+                step += 1
+                all_finished = self._synchronize(
+                    streamer, finished, is_broken, text_was_live, text_token, frame, has_frame
+                )
+                all_finished = all_finished or step >= max_steps
+                # Frees the scores of a long prompt before the next step.
+                del outputs
+
+        if streamer is not None:
+            streamer.end()
+        sequences = text_ids[:, prompt_length:][:, : int(text_steps.max())]
+        is_text = torch.arange(sequences.shape[1], device=device) < text_steps[:, None]
+        sequences = torch.cat([input_ids[:, :prompt_length], torch.where(is_text, sequences, pad)], dim=-1)
+        if not keep:
+            return sequences
+        audio_codes, audio_codes_mask = None, None
+        if speaks:
+            audio_codes, audio_codes_mask = revert_delay_pattern(
+                history[:, :, :step], start, config.audio_codebook_size
+            )
+            # Frames completed after a criterion ended their row do not count.
+            completed_at = start[:, None] + torch.arange(audio_codes.shape[-1], device=device) + num_codebooks - 1
+            audio_codes_mask = audio_codes_mask & (completed_at < row_steps[:, None])
+            num_frames = int(audio_codes_mask.sum(dim=1).max()) if audio_codes_mask.numel() else 0
+            audio_codes_mask = audio_codes_mask[:, :num_frames]
+            audio_codes = audio_codes[..., :num_frames].masked_fill(~audio_codes_mask[:, None], 0)
+        return MiniMindOGenerateOutput(
+            sequences=sequences,
+            past_key_values=model_kwargs.get("past_key_values"),
+            prompt_length=prompt_length,
+            audio_codes=audio_codes,
+            audio_codes_mask=audio_codes_mask,
+            **records,
+        )
+
+    @staticmethod
+    def _synchronize(
+        streamer: BaseStreamer | None,
+        finished: torch.BoolTensor,
+        is_broken: torch.BoolTensor,
+        text_was_live: torch.BoolTensor,
+        text_token: torch.LongTensor,
+        frame: torch.LongTensor | None,
+        has_frame: torch.BoolTensor | None,
+    ) -> bool:
+        """The step's one wait for the device: brings the flags, and what a streamer gets, over in one copy."""
+        flags = torch.stack([finished.all(), is_broken]).long()
+        if streamer is None:
+            is_finished, broken = flags.tolist()
+        else:
+            parts = [flags, text_was_live.long(), text_token]
+            if frame is not None:
+                parts += [has_frame.long(), frame.flatten()]
+            values = torch.cat(parts).cpu()
+            is_finished, broken = values[:2].tolist()
+            rows = len(text_token)
+            live, tokens, rest = values[2 : 2 + rows].bool(), values[2 + rows : 2 + 2 * rows], values[2 + 2 * rows :]
+        if broken:
+            raise ValueError(
+                "The model's scores are not finite: its weights are damaged, or its precision is too low (float16 is: load "
+                "it in bfloat16 or float32)."
+            )
+        if streamer is not None:
+            if live.any():
+                streamer.put(tokens)
+            if isinstance(streamer, MiniMindOStreamer) and len(rest) and rest[:rows].any():
+                streamer.put_audio(rest[rows:].view(rows, -1), rest[:rows].bool())
+        return bool(is_finished)
+
+
+__all__ = [
+    "MiniMindOGenerateOutput",
+    "MiniMindOGenerationMixin",
+    "MiniMindOStreamer",
+    "penalize_repetition",
+    "sample_from_uniform",
+]

@@ -1,0 +1,950 @@
+"""MiniMind-O: a Thinker that reads and writes text, and a Talker that reads its hidden states and writes speech codes.
+
+Both are stacks of transformers' Qwen3 (or Qwen3-MoE) decoder layers; this file holds what stands around them. Module
+names are the original release's tensor names.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeExperts,
+    Qwen3MoeRotaryEmbedding,
+    Qwen3MoeTopKRouter,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_minimind_o import MiniMindOConfig
+from .generation_minimind_o import MiniMindOGenerationMixin
+
+logger = logging.get_logger(__name__)
+
+# Checkpoints hold one tensor per expert, transformers' experts are fused: loading reads the former, saving writes it.
+# Registered here so that a checkpoint that carries this file loads without the package.
+register_checkpoint_conversion_mapping(
+    MiniMindOConfig.model_type, get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+)
+
+
+@dataclass
+class MiniMindOStackOutput(ModelOutput):
+    """
+    Output of [`MiniMindOThinkerModel`] and [`MiniMindOTalkerModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, width)`):
+            Hidden states after the final norm.
+        bridge_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+            The Thinker's hidden states after layer `config.bridge_layer`, before any final norm: the Talker's input.
+        past_key_values (`Cache`, *optional*):
+            The cache, filled up to the last position.
+        hidden_states, attentions, router_logits (`tuple(torch.FloatTensor)`, *optional*):
+            One entry per layer, where asked for with `output_hidden_states`, `output_attentions`, `output_router_logits`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    bridge_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MiniMindOOutputWithPast(ModelOutput):
+    """
+    Output of [`MiniMindOForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `labels` or `audio_labels`):
+            `text_loss + audio_loss + aux_loss`, of the parts that are there.
+        text_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `labels`):
+            Mean cross-entropy over the labelled text positions; 0 without any.
+        audio_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `audio_labels`):
+            Mean of `codebook_losses`.
+        codebook_losses (`torch.FloatTensor` of shape `(num_codebooks,)`, *optional*, returned with `audio_labels`):
+            Per codebook: cross-entropy, stops weighted by `config.audio_stop_weight`, summed and divided by the number of
+            labelled positions; 0 without any.
+        aux_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned by a mixture of experts in training mode):
+            Load-balancing loss of both stacks' routers, already weighted.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Text scores.
+        audio_logits (`torch.FloatTensor` of shape `(batch_size, num_codebooks, sequence_length, audio_vocab_size)`, *optional*):
+            Code scores; `None` where the Talker did not run.
+        past_key_values (`Cache`, *optional*):
+            Keys and values of the Thinker's layers, then of the Talker's.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+            The Thinker's, where asked for.
+        talker_hidden_states, talker_attentions (`tuple(torch.FloatTensor)`, *optional*):
+            The Talker's, where asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    text_loss: torch.FloatTensor | None = None
+    audio_loss: torch.FloatTensor | None = None
+    codebook_losses: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    audio_logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    talker_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    talker_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def _init_as_pytorch(module: nn.Module):
+    """PyTorch's own defaults: N(0, 1) embeddings, uniform Linears bounded by 1 / sqrt(fan_in). 0.02 trains differently."""
+    if isinstance(module, nn.Linear):
+        init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        if module.bias is not None:
+            init.uniform_(module.bias, -1 / math.sqrt(module.in_features), 1 / math.sqrt(module.in_features))
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight)
+    elif isinstance(module, Qwen3MoeExperts):
+        for weight in (module.gate_up_proj, module.down_proj):
+            init.uniform_(weight, -1 / math.sqrt(weight.shape[-1]), 1 / math.sqrt(weight.shape[-1]))
+    elif isinstance(module, Qwen3MoeTopKRouter):
+        init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
+
+class MiniMindOPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and the features common to MiniMind-O models."""
+
+    config_class = MiniMindOConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "Qwen3DecoderLayer",
+        "Qwen3MoeDecoderLayer",
+        "FunAsrNanoEncoderLayer",
+        "SiglipEncoderLayer",
+        "MiniMindOCodecEmbedding",
+        "MiniMindOCodecHead",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Qwen3MoeTopKRouter, index=0),
+        "hidden_states": [Qwen3DecoderLayer, Qwen3MoeDecoderLayer],
+        "attentions": [Qwen3Attention, Qwen3MoeAttention],
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Qwen3MoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Qwen3MoeTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, MiniMindOProjector):
+            for layer in module.mlp:
+                _init_as_pytorch(layer)
+
+
+class MiniMindOStack(MiniMindOPreTrainedModel):
+    """Decoder layers of one width with their final norm; the Thinker and the Talker add their inputs."""
+
+    def __init__(self, config: Qwen3Config | Qwen3MoeConfig, norm_eps: float, first_cache_layer: int = 0):
+        super().__init__(config)
+        is_moe = isinstance(config, Qwen3MoeConfig)
+        layer_class = Qwen3MoeDecoderLayer if is_moe else Qwen3DecoderLayer
+        rotary_class = Qwen3MoeRotaryEmbedding if is_moe else Qwen3RotaryEmbedding
+        self.first_cache_layer = first_cache_layer
+        self.layers = nn.ModuleList([layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        for layer in self.layers:
+            # One cache holds both stacks, whose heads differ in size.
+            layer.self_attn.layer_idx += first_cache_layer
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=norm_eps)
+        self.rotary_emb = rotary_class(config)
+        self.gradient_checkpointing = False
+
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        bridge_layer: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MiniMindOStackOutput:
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length(self.first_cache_layer) if past_key_values is not None else 0
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            # The Talker runs after the Thinker's layers of the same cache have grown.
+            layer_idx=self.first_cache_layer,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        bridge_hidden_state = None
+        for layer_idx, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            if layer_idx == bridge_layer:
+                bridge_hidden_state = hidden_states
+        return MiniMindOStackOutput(
+            last_hidden_state=self.norm(hidden_states),
+            bridge_hidden_state=bridge_hidden_state,
+            past_key_values=past_key_values,
+        )
+
+
+class MiniMindOThinkerModel(MiniMindOStack):
+    """
+    The Thinker: token embeddings and decoder layers, without the language-model head.
+
+    Args:
+        config ([`MiniMindOConfig`]): The whole model's configuration.
+    """
+
+    def __init__(self, config: MiniMindOConfig):
+        super().__init__(config.thinker_config, norm_eps=config.rms_norm_eps)
+        self.bridge_layer = config.bridge_layer
+        # No padding index: pad also stands under speech that outlasts its text, and is trained there.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MiniMindOStackOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text tokens; this or `inputs_embeds`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                1 for positions to attend to, 0 for batch padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions of the rotary embeddings.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of earlier positions.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            use_cache (`bool`, *optional*):
+                Whether to make a cache where none is passed.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        return self.run_layers(
+            inputs_embeds, attention_mask, position_ids, past_key_values, bridge_layer=self.bridge_layer, **kwargs
+        )
+
+
+class MiniMindOCodecEmbedding(nn.Module):
+    """Mean over the codebooks of a shared table plus a low-rank adapter of each codebook."""
+
+    def __init__(self, config: MiniMindOConfig):
+        super().__init__()
+        self.base = nn.Embedding(config.audio_vocab_size, config.talker_hidden_size)
+        self.adapters = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.Embedding(config.audio_vocab_size, config.audio_adapter_rank),
+                    nn.GELU(),
+                    nn.Linear(config.audio_adapter_rank, config.talker_hidden_size, bias=False),
+                )
+                for _ in range(config.num_codebooks)
+            ]
+        )
+
+    def forward(self, audio_codes: torch.LongTensor) -> torch.FloatTensor:
+        """Embeds codes of shape `(batch_size, num_codebooks, sequence_length)` into one vector a position."""
+        adapted = sum(adapter(codes) for adapter, codes in zip(self.adapters, audio_codes.unbind(1), strict=True))
+        return (self.base(audio_codes).sum(dim=1) + adapted) / len(self.adapters)
+
+
+class MiniMindOCodecHead(nn.Module):
+    """Code scores: a shared matrix plus a low-rank adapter of each codebook."""
+
+    def __init__(self, config: MiniMindOConfig):
+        super().__init__()
+        self.base = nn.Linear(config.talker_hidden_size, config.audio_vocab_size, bias=False)
+        self.adapters = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.Linear(config.talker_hidden_size, config.audio_adapter_rank, bias=False),
+                    nn.GELU(),
+                    nn.Linear(config.audio_adapter_rank, config.audio_vocab_size, bias=False),
+                )
+                for _ in range(config.num_codebooks)
+            ]
+        )
+
+    def forward(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
+        """`(batch_size, sequence_length, width)` to `(batch_size, num_codebooks, sequence_length, audio_vocab_size)`."""
+        adapted = torch.stack([adapter(hidden_states) for adapter in self.adapters], dim=1)
+        return adapted + self.base(hidden_states).unsqueeze(1)
+
+
+class MiniMindOTalkerModel(MiniMindOStack):
+    """
+    The Talker: reads the Thinker's bridge and the codes so far, and scores the next code of every codebook.
+
+    Args:
+        config ([`MiniMindOConfig`]): The whole model's configuration.
+    """
+
+    def __init__(self, config: MiniMindOConfig):
+        super().__init__(
+            config.talker_config, norm_eps=config.rms_norm_eps, first_cache_layer=config.num_hidden_layers
+        )
+        width = config.talker_hidden_size
+
+        def projection(in_features: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Linear(in_features, in_features),
+                nn.GELU(),
+                nn.Linear(in_features, width),
+                Qwen3RMSNorm(width, eps=config.rms_norm_eps),
+            )
+
+        self.speaker_code = config.audio_spk_token
+        self.embed_proj = projection(config.hidden_size)
+        self.codec_proj = projection(width)
+        self.spk_proj = nn.Linear(config.spk_emb_size, width, bias=False)
+        self.text_scale = nn.Parameter(torch.tensor(3.0))
+        self.audio_scale = nn.Parameter(torch.tensor(1.0))
+        self.embed_tokens = MiniMindOCodecEmbedding(config)
+        self.lm_head = MiniMindOCodecHead(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        _init_as_pytorch(module)
+        if module is self:
+            init.constant_(self.text_scale, 3.0)
+            init.constant_(self.audio_scale, 1.0)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        bridge_hidden_state: torch.FloatTensor,
+        audio_codes: torch.LongTensor,
+        speaker_embeddings: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MiniMindOStackOutput:
+        r"""
+        Args:
+            bridge_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                The Thinker's hidden states after its bridge layer.
+            audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, sequence_length)`):
+                Codes at the same positions.
+            speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)`, *optional*):
+                Voices; a row of zeros has none.
+            attention_mask, position_ids, past_key_values:
+                As the Thinker's.
+        """
+        codec = self.embed_tokens(audio_codes)
+        if speaker_embeddings is not None:
+            # A row without a voice keeps its codes' embedding, so that its batch does not change it.
+            is_speaker = (audio_codes[:, 0] == self.speaker_code) & (speaker_embeddings != 0).any(-1, keepdim=True)
+            speaker = self.spk_proj(speaker_embeddings.to(codec.dtype)).unsqueeze(1)
+            codec = torch.where(is_speaker.unsqueeze(-1), speaker, codec)
+        hidden_states = (
+            self.embed_proj(bridge_hidden_state) * self.text_scale + self.codec_proj(codec) * self.audio_scale
+        )
+        return self.run_layers(hidden_states, attention_mask, position_ids, past_key_values, **kwargs)
+
+
+class MiniMindOProjector(nn.Module):
+    """Maps an encoder's outputs to the Thinker's width."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(in_features),
+            nn.Linear(in_features, out_features),
+            nn.GELU(),
+            nn.Linear(out_features, out_features),
+        )
+
+    def forward(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
+        return self.mlp(hidden_states.to(self.mlp[1].weight.dtype))
+
+
+def _text_loss(
+    logits: torch.Tensor, labels: torch.LongTensor, num_items: torch.Tensor | int | None
+) -> torch.FloatTensor:
+    """Cross-entropy of the next token, summed and divided by `num_items` (this batch's labelled positions by default)."""
+    labels = labels[:, 1:].to(logits.device)
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return loss / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
+
+
+def _codebook_losses(
+    logits: torch.Tensor,
+    labels: torch.LongTensor,
+    num_items: torch.Tensor | None,
+    stop_code: int,
+    stop_weight: float,
+) -> torch.FloatTensor:
+    """The same of every codebook, stops weighted: shape `(num_codebooks,)`."""
+    labels = labels[:, :, 1:].to(logits.device)
+    losses = nn.functional.cross_entropy(
+        logits[:, :, :-1].float().flatten(0, 2), labels.flatten(), ignore_index=-100, reduction="none"
+    )
+    # Weighting the losses, not the classes: the divisor stays the number of labelled positions.
+    losses = losses.view_as(labels) * torch.where(labels == stop_code, stop_weight, 1.0)
+    if num_items is None:
+        num_items = (labels != -100).sum(dim=(0, 2)).clamp(min=1)
+    return losses.sum(dim=(0, 2)) / num_items.to(losses.device)
+
+
+def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], num_experts_per_tok: int) -> torch.FloatTensor:
+    """
+    The original's auxiliary loss, summed over layers: `num_experts * sum_e(load_e * mean_score_e)`, padding included.
+    (`load_balancing_loss_func` of transformers pools the layers first, which is another quantity.)
+
+    Args:
+        router_logits (`tuple` of `torch.Tensor` of shape `(num_tokens, num_experts)`): One entry per layer.
+        num_experts_per_tok (`int`): Experts chosen for each token.
+    """
+    total = torch.zeros((), device=router_logits[0].device)
+    for logits in router_logits:
+        scores = logits.float().softmax(dim=-1)
+        chosen = scores.topk(num_experts_per_tok, dim=-1).indices
+        load = nn.functional.one_hot(chosen, scores.shape[-1]).sum(dim=1).float().mean(dim=0)
+        total = total + scores.shape[-1] * (load * scores.mean(dim=0)).sum().to(total.device)
+    return total
+
+
+class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGenerationMixin):
+    """
+    MiniMind-O: text, speech and pictures in, text and speech codes out.
+
+    The encoders are frozen and stay in evaluation mode until one of their parameters is unfrozen with `requires_grad_`.
+
+    Args:
+        config ([`MiniMindOConfig`]): The model's configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    output_modalities = ("text", "audio")
+    # The Trainer's `num_items_in_batch` counts text labels only; without it, the loss is this batch's mean, which the
+    # Trainer averages over the accumulation steps. `forward` takes both streams' counts from callers that have them.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MiniMindOConfig):
+        super().__init__(config)
+        self.model = MiniMindOThinkerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.talker = MiniMindOTalkerModel(config)
+        self.audio_proj = MiniMindOProjector(config.audio_hidden_size, config.hidden_size)
+        self.vision_proj = MiniMindOProjector(config.image_hidden_size, config.hidden_size)
+        self.audio_tower = AutoModel.from_config(config.audio_config) if config.audio_config is not None else None
+        self.vision_tower = AutoModel.from_config(config.vision_config) if config.vision_config is not None else None
+        for tower in self._towers():
+            tower.requires_grad_(False)
+        self.post_init()
+        self._fill_generation_defaults()
+
+    def _towers(self) -> list[PreTrainedModel]:
+        return [tower for tower in (self.audio_tower, self.vision_tower) if tower is not None]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for tower in self._towers():
+            # A frozen encoder has no use for its dropout.
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        allow_missing: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        r"""
+        As [`PreTrainedModel.from_pretrained`], but a checkpoint that is damaged or does not hold every tensor is refused
+        instead of being filled up with random weights, and a float16 checkpoint is loaded in float32 unless `dtype` says
+        otherwise (float16 gives non-finite scores in this model).
+
+        Args:
+            allow_missing (`bool`, defaults to `False`):
+                Whether tensors that the checkpoint lacks may be initialised, for training on.
+            ignore_mismatched_sizes (`bool`, defaults to `False`):
+                Whether tensors of another shape may be initialised as well.
+
+        Raises:
+            ValueError: Tensors are missing or have another shape.
+            OSError: A weights file cannot be read.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except (SafetensorError, EOFError) as error:
+            raise OSError(
+                f"The weights of '{pretrained_model_name_or_path}' cannot be read, the file is damaged or incomplete "
+                f"({error}). Download or convert the checkpoint again."
+            ) from error
+        missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+        if mismatched and not ignore_mismatched_sizes:
+            shown = "; ".join(
+                f"{key}: {tuple(found)} in the file, {tuple(wanted)} wanted" for key, found, wanted in mismatched[:5]
+            )
+            raise ValueError(
+                f"{len(mismatched)} tensors of '{pretrained_model_name_or_path}' do not fit its configuration: {shown}. "
+                "Use the config.json that belongs to these weights, or pass `ignore_mismatched_sizes=True` to train them "
+                "anew."
+            )
+        if missing and not allow_missing:
+            raise ValueError(
+                f"'{pretrained_model_name_or_path}' lacks {len(missing)} tensors, among them {missing[:5]}. The checkpoint "
+                "is incomplete; pass `allow_missing=True` to initialise them and train on."
+            )
+        if model.dtype == torch.float16 and kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) == "auto":
+            logger.warning(
+                "The checkpoint is in float16, which gives non-finite scores in this model: it is loaded in float32. Pass "
+                "`dtype` to choose (bfloat16 is fine)."
+            )
+            del model
+            kwargs.pop("torch_dtype", None)
+            return cls.from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                allow_missing=allow_missing,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                output_loading_info=output_loading_info,
+                **{**kwargs, "dtype": torch.float32},
+            )
+        model._fill_generation_defaults()
+        return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.model.embed_tokens = value
+
+    def get_audio_features(
+        self, input_features: torch.FloatTensor, input_features_mask: torch.Tensor | None = None
+    ) -> torch.FloatTensor:
+        """
+        Runs the speech encoder.
+
+        Args:
+            input_features (`torch.FloatTensor` of shape `(clips, frames, 560)`): The feature extractor's output.
+            input_features_mask (`torch.Tensor` of shape `(clips, frames)`, *optional*): 1 for frames, 0 for padding.
+
+        Returns:
+            `torch.FloatTensor` of shape `(clips, frames, audio_hidden_size)`.
+
+        Raises:
+            ValueError: No encoder is attached, or a clip is longer than its table of positions.
+        """
+        if self.audio_tower is None:
+            raise ValueError(
+                "This checkpoint has no speech encoder. Attach one: `minimind-o convert CHECKPOINT DIR --audio-encoder "
+                "SENSEVOICE`, or pass its outputs as `audio_hidden_states`."
+            )
+        if input_features_mask is None:
+            input_features_mask = torch.ones(input_features.shape[:2], dtype=torch.long, device=input_features.device)
+        limit = self.config.audio_config.max_position_embeddings - 1
+        if input_features.shape[1] > limit:
+            raise ValueError(
+                f"A clip of {input_features.shape[1]} frames is longer than the encoder's {limit}: cut it."
+            )
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and self.audio_tower.layers[0].mlp.fc1.weight.requires_grad
+        ):
+            return self.audio_tower(input_features, input_features_mask=input_features_mask).last_hidden_state
+
+    def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Runs the vision encoder.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(pictures, 3, height, width)`): The image processor's output.
+
+        Returns:
+            `torch.FloatTensor` of shape `(pictures, image_token_len, image_hidden_size)`.
+
+        Raises:
+            ValueError: No encoder is attached.
+        """
+        if self.vision_tower is None:
+            raise ValueError(
+                "This checkpoint has no vision encoder. Attach one: `minimind-o convert CHECKPOINT DIR --vision-encoder "
+                "SIGLIP2`, or pass its outputs as `image_hidden_states`."
+            )
+        tower = self.vision_tower
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
+            return tower(pixel_values.to(tower.dtype)).last_hidden_state
+
+    def _merge_features(
+        self,
+        inputs_embeds: torch.FloatTensor,
+        is_placeholder: torch.BoolTensor,
+        features: torch.FloatTensor,
+        lengths: torch.LongTensor,
+        name: str,
+    ) -> torch.FloatTensor:
+        """
+        Puts projected features in the place of their placeholders, in reading order.
+
+        Args:
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`).
+            is_placeholder (`torch.BoolTensor` of shape `(batch_size, sequence_length)`).
+            features (`torch.FloatTensor` of shape `(num_features, hidden_size)`): All clips', without padding.
+            lengths (`torch.LongTensor` of shape `(clips,)`): Features of each clip.
+            name (`str`): What a clip is called.
+        """
+        per_row = is_placeholder.sum(dim=1)
+        torch_compilable_check(
+            per_row.sum() == features.shape[0],
+            lambda: (
+                f"The text has {int(per_row.sum())} {name} placeholders, but {len(lengths)} {name} inputs with "
+                f"{features.shape[0]} features were passed. Each placeholder takes one feature."
+            ),
+        )
+        ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        torch_compilable_check(
+            torch.isin(per_row.cumsum(0), ends.to(per_row.device)).all(),
+            lambda: (
+                f"The {name} placeholders of each row, {per_row.tolist()}, do not line up with the inputs' lengths, "
+                f"{lengths.tolist()}: a row must hold whole inputs. Check their order."
+            ),
+        )
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), features)
+
+    def _placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor, token_id: int
+    ) -> torch.BoolTensor:
+        if input_ids is not None:
+            return input_ids == token_id
+        placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(-1)
+
+    def _check_codes(
+        self, name: str, codes: torch.Tensor, low: int, shape: tuple[int | None, ...], check_values: bool
+    ):
+        """Refuses codes or labels of another shape or type, or outside `[low, audio_vocab_size)` (-100 is a label's)."""
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"`{name}` must hold integers, got {codes.dtype}.")
+        if codes.dim() != len(shape) or any(
+            want not in (None, have) for want, have in zip(shape, codes.shape, strict=True)
+        ):
+            wanted = tuple("any" if size is None else size for size in shape)
+            raise ValueError(f"`{name}` must have the shape {wanted}, got {tuple(codes.shape)}.")
+        if check_values and codes.numel():
+            size = self.config.audio_vocab_size
+            torch_compilable_check(
+                ((codes >= low) & (codes < size) | (codes == low)).all(),
+                lambda: (
+                    f"`{name}` must hold codes from 0 to {size - 1}, got values from {int(codes.min())} to "
+                    f"{int(codes.max())}."
+                ),
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        audio_codes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        audio_hidden_states: torch.FloatTensor | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
+        speaker_embeddings: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        audio_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        run_talker: bool = True,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_audio_items_in_batch: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MiniMindOOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text tokens; this or `inputs_embeds`.
+            audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, sequence_length)`, *optional*):
+                The Talker's codes at the same positions, delayed (see [`apply_delay_pattern`]); pad by default.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                1 for positions to attend to, 0 for batch padding. Never made from `input_ids != pad`: pad also stands under
+                speech that outlasts its text.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions of the rotary embeddings.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of the Thinker's layers, then of the Talker's. Any transformers Cache made for this config.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings in place of `input_ids`.
+            input_features (`torch.FloatTensor` of shape `(clips, frames, 560)`, *optional*):
+                Speech features of all clips of the batch in reading order, right padded.
+            input_features_mask (`torch.Tensor` of shape `(clips, frames)`, *optional*):
+                1 for frames, 0 for padding; also the mask of `audio_hidden_states`.
+            pixel_values (`torch.FloatTensor` of shape `(pictures, 3, height, width)`, *optional*):
+                All pictures of the batch in reading order.
+            audio_hidden_states (`torch.FloatTensor` of shape `(clips, frames, audio_hidden_size)`, *optional*):
+                The speech encoder's outputs, in place of `input_features`.
+            image_hidden_states (`torch.FloatTensor` of shape `(pictures, image_token_len, image_hidden_size)`, *optional*):
+                The vision encoder's outputs, in place of `pixel_values`.
+            speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)`, *optional*):
+                What stands where the first codebook's code is `config.audio_spk_token`. A row of zeros has no voice.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text labels aligned with `input_ids` (shifted inside), -100 where there is none.
+            audio_labels (`torch.LongTensor` of shape `(batch_size, num_codebooks, sequence_length)`, *optional*):
+                Code labels aligned with `audio_codes`, likewise.
+            use_cache (`bool`, *optional*):
+                Whether to return `past_key_values`.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                Scores of the last positions only (0: all), or of the positions of a 1-D tensor.
+            run_talker (`bool`, defaults to `True`):
+                Whether to run the Talker; without it there are no `audio_logits`.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Divisor of the text loss in place of this batch's number of labelled positions: the number over all batches
+                of one optimiser step.
+            num_audio_items_in_batch (`torch.Tensor` of shape `(num_codebooks,)`, *optional*):
+                Divisors of the codebooks' losses, likewise.
+
+        Raises:
+            ValueError: Inputs whose shapes, types, values or placeholder counts do not fit each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        # A decoding step is one position after a filled cache: its inputs are the model's own, and checks would make the
+        # host wait.
+        is_decoding = length == 1 and past_key_values is not None
+
+        inputs_embeds = self._embed_speech(
+            input_ids, inputs_embeds, input_features, input_features_mask, audio_hidden_states
+        )
+        inputs_embeds = self._embed_pictures(input_ids, inputs_embeds, pixel_values, image_hidden_states)
+
+        if use_cache is None:
+            use_cache = self.config.use_cache and not (self.training and self.model.gradient_checkpointing)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+
+        is_moe_training = self.config.use_moe and self.training
+        kwargs.setdefault("output_router_logits", is_moe_training)
+        thinker = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(thinker.last_hidden_state, logits_to_keep))
+
+        talker, audio_logits = None, None
+        if run_talker:
+            if audio_codes is None:
+                shape = (batch_size, self.config.num_codebooks, length)
+                audio_codes = torch.full(shape, self.config.audio_pad_token, device=inputs_embeds.device)
+            self._check_codes(
+                "audio_codes", audio_codes, 0, (batch_size, self.config.num_codebooks, length), not is_decoding
+            )
+            if speaker_embeddings is not None and speaker_embeddings.shape != (batch_size, self.config.spk_emb_size):
+                raise ValueError(
+                    f"`speaker_embeddings` must have the shape {(batch_size, self.config.spk_emb_size)}, got "
+                    f"{tuple(speaker_embeddings.shape)}."
+                )
+            talker = self.talker(
+                bridge_hidden_state=thinker.bridge_hidden_state,
+                audio_codes=audio_codes,
+                speaker_embeddings=speaker_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            audio_logits = self.talker.lm_head(slice_logits_to_keep(talker.last_hidden_state, logits_to_keep))
+        elif audio_labels is not None:
+            raise ValueError("`audio_labels` need the Talker: pass `run_talker=True`.")
+
+        text_loss = audio_loss = codebook_losses = aux_loss = loss = None
+        if labels is not None or audio_labels is not None:
+            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                raise ValueError(f"Labels need every position's scores, got `logits_to_keep={logits_to_keep}`.")
+        if labels is not None:
+            if labels.shape != (batch_size, length):
+                raise ValueError(f"`labels` must have the shape {(batch_size, length)}, got {tuple(labels.shape)}.")
+            text_loss = _text_loss(logits, labels, num_items_in_batch)
+        if audio_labels is not None:
+            self._check_codes(
+                "audio_labels", audio_labels, -100, (batch_size, self.config.num_codebooks, length), check_values=False
+            )
+            codebook_losses = _codebook_losses(
+                audio_logits,
+                audio_labels,
+                num_audio_items_in_batch,
+                self.config.audio_stop_token,
+                float(self.config.audio_stop_weight),
+            )
+            audio_loss = codebook_losses.mean()
+        if is_moe_training:
+            aux_loss = self.config.router_aux_loss_coef * load_balancing_loss(
+                thinker.router_logits, self.config.num_experts_per_tok
+            )
+            if talker is not None:
+                aux_loss = aux_loss + self.config.talker_router_aux_loss_coef * load_balancing_loss(
+                    talker.router_logits, self.config.talker_num_experts_per_tok
+                ).to(aux_loss.device)
+        if text_loss is not None or audio_loss is not None:
+            parts = [part for part in (text_loss, audio_loss, aux_loss) if part is not None]
+            loss = sum(part.to(parts[0].device) for part in parts)
+
+        return MiniMindOOutputWithPast(
+            loss=loss,
+            text_loss=text_loss,
+            audio_loss=audio_loss,
+            codebook_losses=codebook_losses,
+            aux_loss=aux_loss,
+            logits=logits,
+            audio_logits=audio_logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=thinker.hidden_states,
+            attentions=thinker.attentions,
+            talker_hidden_states=talker.hidden_states if talker is not None else None,
+            talker_attentions=talker.attentions if talker is not None else None,
+        )
+
+    def _embed_speech(
+        self, input_ids, inputs_embeds, input_features, input_features_mask, audio_hidden_states
+    ) -> torch.FloatTensor:
+        if input_features is not None and audio_hidden_states is not None:
+            raise ValueError("Pass `input_features` or `audio_hidden_states`, not both.")
+        if input_features is not None:
+            audio_hidden_states = self.get_audio_features(input_features, input_features_mask)
+        if audio_hidden_states is None:
+            return inputs_embeds
+        if audio_hidden_states.dim() != 3 or audio_hidden_states.shape[-1] != self.config.audio_hidden_size:
+            raise ValueError(
+                f"`audio_hidden_states` must have the shape (clips, frames, {self.config.audio_hidden_size}), got "
+                f"{tuple(audio_hidden_states.shape)}."
+            )
+        if input_features_mask is None:
+            mask = torch.ones(audio_hidden_states.shape[:2], dtype=torch.bool, device=audio_hidden_states.device)
+        elif input_features_mask.shape != audio_hidden_states.shape[:2]:
+            raise ValueError(
+                f"`input_features_mask` must have the shape {tuple(audio_hidden_states.shape[:2])}, got "
+                f"{tuple(input_features_mask.shape)}."
+            )
+        else:
+            mask = input_features_mask.to(audio_hidden_states.device).bool()
+        lengths = mask.sum(dim=1)
+        torch_compilable_check(
+            (lengths > 0).all(), lambda: f"Every speech clip needs a frame, got {lengths.tolist()} frames."
+        )
+        is_placeholder = self._placeholders(input_ids, inputs_embeds, self.config.audio_token_id)
+        features = self.audio_proj(audio_hidden_states[mask])
+        return self._merge_features(inputs_embeds, is_placeholder, features, lengths, "speech")
+
+    def _embed_pictures(
+        self, input_ids, inputs_embeds, pixel_values, image_hidden_states
+    ) -> torch.FloatTensor:
+        if pixel_values is not None and image_hidden_states is not None:
+            raise ValueError("Pass `pixel_values` or `image_hidden_states`, not both.")
+        if pixel_values is not None:
+            image_hidden_states = self.get_image_features(pixel_values)
+        if image_hidden_states is None:
+            return inputs_embeds
+        shape = (self.config.image_token_len, self.config.image_hidden_size)
+        if image_hidden_states.dim() != 3 or tuple(image_hidden_states.shape[1:]) != shape:
+            raise ValueError(
+                f"`image_hidden_states` must have the shape (pictures, {shape[0]}, {shape[1]}), got "
+                f"{tuple(image_hidden_states.shape)}."
+            )
+        lengths = torch.full((len(image_hidden_states),), shape[0], device=image_hidden_states.device)
+        is_placeholder = self._placeholders(input_ids, inputs_embeds, self.config.image_token_id)
+        features = self.vision_proj(image_hidden_states.flatten(0, 1))
+        return self._merge_features(inputs_embeds, is_placeholder, features, lengths, "picture")
+
+
+__all__ = [
+    "MiniMindOForConditionalGeneration",
+    "MiniMindOOutputWithPast",
+    "MiniMindOPreTrainedModel",
+    "MiniMindOStackOutput",
+    "MiniMindOTalkerModel",
+    "MiniMindOThinkerModel",
+]

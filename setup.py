@@ -1,0 +1,59 @@
+"""Package metadata of minimind_o_hf; tool settings live in pyproject.toml.
+
+The folders `modeling/` and `processing/` of the repository become `minimind_o_hf.modeling` and
+`minimind_o_hf.processing` through `package_dir`, for editable and regular installs alike.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+# torchaudio ended at 2.11.0; its wheel loads beside torch 2.11 to 2.14 (all built for the same CUDA), not beside 2.15.
+# `minimind_o_hf/environment.py` repeats the three in its error message, and a test compares them.
+TORCH = "torch>=2.11,<2.15"
+TORCHAUDIO = "torchaudio>=2.11,<2.12"
+# torchvision pins its torch exactly, so pip picks the matching pair.
+TORCHVISION = "torchvision>=0.26,<0.30"
+
+EXTRAS = {
+    # The "any-to-any" pipeline insists on torchvision for models that take pictures.
+    "pipeline": [TORCHVISION],
+    # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
+    "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5"],
+}
+EXTRAS["dev"] = [requirement for extra in ("pipeline", "quality", "test") for requirement in EXTRAS[extra]]
+
+setup(
+    name="minimind_o_hf",
+    version="0.1.0",
+    description="MiniMind-O for Hugging Face Transformers: text, speech and pictures in; text and speech out",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["minimind_o_hf", "minimind_o_hf.modeling", "minimind_o_hf.processing"],
+    package_dir={"minimind_o_hf.modeling": "modeling", "minimind_o_hf.processing": "processing"},
+    install_requires=[
+        "transformers>=5.23,<6",
+        TORCH,
+        TORCHAUDIO,
+        "accelerate>=1.1",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=1.0",
+        "tokenizers>=0.23.1",
+        "jinja2>=3.1",
+        "numpy>=1.26",
+        "soundfile>=0.12.1",
+        "pillow>=10",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["minimind-o=minimind_o_hf.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

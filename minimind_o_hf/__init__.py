@@ -1,0 +1,46 @@
+"""MiniMind-O for Hugging Face Transformers: text, speech and pictures in; text and speech out.
+
+Importing this package registers the model with transformers' Auto classes.
+"""
+
+from .environment import check_torch_pair, locate_subpackages
+
+# Before transformers is imported, which fails without a reason one could act on where the pair cannot load.
+check_torch_pair()
+locate_subpackages(__path__)
+
+from .modeling import (  # noqa: E402
+    MiniMindOConfig,
+    MiniMindOForConditionalGeneration,
+    MiniMindOGenerateOutput,
+    MiniMindOOutputWithPast,
+    MiniMindOPreTrainedModel,
+    MiniMindOStreamer,
+    MiniMindOTalkerModel,
+    MiniMindOThinkerModel,
+    apply_delay_pattern,
+    place_voice,
+    revert_delay_pattern,
+)
+from .processing import MiniMindOAnswer, MiniMindOFeatureExtractor, MiniMindOProcessor, load_audio  # noqa: E402
+from .registration import register  # noqa: E402
+
+register()
+
+__all__ = [
+    "MiniMindOAnswer",
+    "MiniMindOConfig",
+    "MiniMindOFeatureExtractor",
+    "MiniMindOForConditionalGeneration",
+    "MiniMindOGenerateOutput",
+    "MiniMindOOutputWithPast",
+    "MiniMindOPreTrainedModel",
+    "MiniMindOProcessor",
+    "MiniMindOStreamer",
+    "MiniMindOTalkerModel",
+    "MiniMindOThinkerModel",
+    "apply_delay_pattern",
+    "load_audio",
+    "place_voice",
+    "revert_delay_pattern",
+]

@@ -1,5 +1,6 @@
 """Untrained checkpoints, complete and loadable: `nano` (a toy family), `dense` and `moe` (the released sizes)."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -188,11 +189,12 @@ tags: [minimind-o, untrained]
 ---
 # MiniMind-O `{preset}`, untrained
 
-**Every weight in this directory is random: its answers are noise, in text and in sound.** It has the shape of a MiniMind-O
-checkpoint ({millions:.1f} M parameters without encoders and codec), to try the software with and to start a training from.
+**Every weight in this directory is random: its answers are noise, in text and in sound.** It has the shape of a
+MiniMind-O checkpoint ({millions:.1f} M parameters without encoders and codec), to try the software with and to start a
+training from.
 
-Made by `minimind-o init {preset}`, seed {seed}. Load it with `AutoModelForMultimodalLM` and `AutoProcessor` after `import
-minimind_o_hf`. The voices (`{voices}`) are random as well.
+Made by `minimind-o init {preset}`, seed {seed}. Load it with `AutoModelForMultimodalLM` and `AutoProcessor` after
+`import minimind_o_hf`. The voices (`{voices}`) are random as well.
 """
 
 
@@ -211,6 +213,18 @@ def _build_codec(config: MimiConfig) -> MimiModel:
     last.weight.mul_(gain)
     last.bias.sub_(sound.mean()).mul_(gain)
     return codec
+
+
+@torch.no_grad()
+def _build_model(preset: str, config: MiniMindOConfig) -> MiniMindOForConditionalGeneration:
+    model = MiniMindOForConditionalGeneration(config)
+    if preset == "nano":
+        # One row in nine of this small head is a stop or another special: drawn at random, all speech would end in its
+        # first frame. A score of 0 is never among the 50 best, so nano speaks for as long as it may.
+        head = model.talker.lm_head
+        for weight in (head.base.weight, *(adapter[-1].weight for adapter in head.adapters)):
+            weight[config.audio_codebook_size :] = 0
+    return model
 
 
 def _build_voices(config: MiniMindOConfig) -> dict[str, dict[str, torch.Tensor]]:
@@ -237,7 +251,7 @@ def init_checkpoint(
     The same preset, seed and dtype give the same files. PyTorch's global random state is left as it was.
 
     Args:
-        preset (`str`): `"nano"` (toy size, about 30 MB), `"dense"` or `"moe"` (the released sizes, about 1.3 and 1.7 GB).
+        preset (`str`): `"nano"` (toy size, 33 MB), `"dense"` or `"moe"` (the released sizes, 1.2 and 1.6 GB).
         directory (`str` or `os.PathLike`): the directory to make.
         seed (`int`, *optional*, defaults to 0): seed of the random weights and voices.
         dtype (`torch.dtype`, *optional*): dtype of the saved model: float32 for `nano`, bfloat16 for the others by
@@ -258,7 +272,7 @@ def init_checkpoint(
     with new_directory(target, overwrite) as temporary, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         config, codec_config = _CONFIGS[preset]()
-        model = MiniMindOForConditionalGeneration(config)
+        model = _build_model(preset, config)
         codec = _build_codec(codec_config)
         voices = _build_voices(config)
         processor = MiniMindOProcessor(
@@ -284,9 +298,9 @@ def init_checkpoint(
 def default_checkpoint() -> Path:
     """The checkpoint used where none is named: an untrained `nano`, made on first use in the cache directory.
 
-    The cache is `$MINIMIND_O_CACHE`, or else `~/.cache/minimind_o_hf`. The directory's name carries the package's version
-    and a hash of this file, so that a changed preset is made anew. Processes that make it at the same time end up with
-    the same one.
+    The cache is `$MINIMIND_O_CACHE`, or else `~/.cache/minimind_o_hf`. The directory's name carries the package's
+    version and a hash of this file, so that a changed preset is made anew. Processes that make it at the same time end
+    up with the same one.
 
     Returns:
         `Path`: the directory.
@@ -296,11 +310,9 @@ def default_checkpoint() -> Path:
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     directory = cache / f"nano-{version}-{digest}"
     if not directory.is_dir():
-        try:
+        # Another process may be faster. A directory appears under its name only when it is complete.
+        with contextlib.suppress(FileExistsError):
             init_checkpoint("nano", directory)
-        except FileExistsError:
-            # Another process was faster. A directory appears under its name only when it is complete.
-            pass
     return directory
 
 

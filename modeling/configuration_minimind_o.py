@@ -28,14 +28,16 @@ def _mlp_size(hidden_size: int) -> int:
 @strict
 class MiniMindOConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`MiniMindOForConditionalGeneration`]. The fields without a prefix are the Thinker's and carry the
-    original's names, so a released `config.json` loads as it is; `talker_*` are the Talker's. The defaults are those of
-    the released dense checkpoint (113 M parameters).
+    Configuration of a [`MiniMindOForConditionalGeneration`]. The fields without a prefix are the Thinker's and carry
+    the original's names, so a released `config.json` loads as it is; `talker_*` are the Talker's. The defaults are
+    those of the released dense checkpoint (113 M parameters).
 
     Args:
         hidden_size (`int`, defaults to 768), num_hidden_layers (`int`, defaults to 8), num_attention_heads (`int`,
-        defaults to 8), num_key_value_heads (`int`, defaults to 4), hidden_act (`str`, defaults to `"silu"`), rms_norm_eps
-        (`float`, defaults to 1e-6), vocab_size (`int`, defaults to 6400), tie_word_embeddings (`bool`, defaults to `True`):
+        defaults to 8), num_key_value_heads (`int`, defaults to 4), hidden_act (`str`, defaults to `"silu"`),
+        rms_norm_eps
+        (`float`, defaults to 1e-6), vocab_size (`int`, defaults to 6400), tie_word_embeddings (`bool`, defaults to
+        `True`):
             The Thinker's architecture, as in [`Qwen3Config`].
         head_dim (`int`, *optional*):
             Size of one attention head; `hidden_size / num_attention_heads` by default.
@@ -46,12 +48,12 @@ class MiniMindOConfig(PreTrainedConfig):
         max_position_embeddings (`int`, defaults to 32768), rope_theta (`float`, defaults to 1e6):
             Longest sequence, in tokens, and base period of the rotary embeddings of both stacks.
         inference_rope_scaling (`bool`, defaults to `False`):
-            Switches YaRN on (factor 16 over 2,048 tokens) where `max_position_embeddings` is above 2,048. It is the only
-            switch: a `rope_scaling` or `rope_parameters` entry of a saved config is ignored, as in the original.
+            Switches YaRN on (factor 16 over 2,048 tokens) where `max_position_embeddings` is above 2,048. It is the
+            only switch: a `rope_scaling` or `rope_parameters` entry of a saved config is ignored, as in the original.
         use_moe (`bool`, defaults to `False`):
             Whether every layer of both stacks has experts in place of its MLP.
-        num_experts (`int`, defaults to 4), num_experts_per_tok (`int`, defaults to 1), norm_topk_prob (`bool`, defaults to
-        `True`), router_aux_loss_coef (`float`, defaults to 5e-4):
+        num_experts (`int`, defaults to 4), num_experts_per_tok (`int`, defaults to 1), norm_topk_prob (`bool`,
+        defaults to `True`), router_aux_loss_coef (`float`, defaults to 5e-4):
             The Thinker's experts and the weight of its load-balancing loss.
         bridge_layer (`int`, *optional*):
             Index of the Thinker layer whose output the Talker reads; `num_hidden_layers // 2 - 1` by default.
@@ -59,8 +61,8 @@ class MiniMindOConfig(PreTrainedConfig):
             Width and depth of the Talker.
         talker_num_attention_heads (`int`, defaults to 8), talker_num_key_value_heads (`int`, defaults to 4),
         talker_head_dim, talker_intermediate_size, talker_moe_intermediate_size (`int`, *optional*), talker_num_experts
-        (`int`, defaults to 4), talker_num_experts_per_tok (`int`, defaults to 1), talker_norm_topk_prob (`bool`, defaults
-        to `True`), talker_router_aux_loss_coef (`float`, defaults to 5e-4):
+        (`int`, defaults to 4), talker_num_experts_per_tok (`int`, defaults to 1), talker_norm_topk_prob (`bool`,
+        defaults to `True`), talker_router_aux_loss_coef (`float`, defaults to 5e-4):
             The Talker's layers. The original builds them with these defaults, whatever the Thinker's settings are.
         num_codebooks (`int`, defaults to 8):
             Number of codec codebooks the Talker reads and writes at each position.
@@ -80,13 +82,15 @@ class MiniMindOConfig(PreTrainedConfig):
             Width of the speech and vision encoders' outputs.
         image_token_len (`int`, defaults to 64):
             Placeholders of one picture.
-        audio_ids, image_ids (`list[int]`, default to `[16]` and `[12]`), audio_special_token, image_special_token (`str`):
-            The placeholder of an encoder frame and of a picture token: its id, in a list as in the original, and its text.
+        audio_ids, image_ids (`list[int]`, default to `[16]` and `[12]`), audio_special_token, image_special_token
+        (`str`):
+            The placeholder of an encoder frame and of a picture token: its id, in a list as in the original, and its
+            text.
         think_start_id (`int`, defaults to 25), think_end_ids (`list[int]`, defaults to `[26, 234, 234]`):
             `<think>` and the tokens of `</think>\n\n`, after which the speech of a thinking answer starts.
         audio_config, vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configurations of the speech encoder ([`FunAsrNanoEncoderConfig`], the network of SenseVoice-Small) and of the
-            vision encoder ([`SiglipVisionConfig`]). `None`: not attached.
+            Configurations of the speech encoder ([`FunAsrNanoEncoderConfig`], the network of SenseVoice-Small) and of
+            the vision encoder ([`SiglipVisionConfig`]). `None`: not attached.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the Thinker's initial weights. The Talker and the projectors start as PyTorch does.
     """
@@ -278,7 +282,8 @@ class MiniMindOConfig(PreTrainedConfig):
             head_dim = getattr(self, f"{prefix}head_dim")
             if head_dim is not None and (head_dim < 2 or head_dim % 2):
                 raise ValueError(
-                    f"`{prefix}head_dim` ({head_dim}) must be even and positive: rotary embeddings turn pairs of channels."
+                    f"`{prefix}head_dim` ({head_dim}) must be even and positive: rotary embeddings turn pairs of "
+                    "channels."
                 )
         for prefix in ("", "talker_"):
             experts, per_token = getattr(self, f"{prefix}num_experts"), getattr(self, f"{prefix}num_experts_per_tok")
@@ -295,8 +300,8 @@ class MiniMindOConfig(PreTrainedConfig):
         for name, code in specials.items():
             if not self.audio_codebook_size <= code < self.audio_vocab_size:
                 raise ValueError(
-                    f"`{name}` ({code}) must be at least `audio_codebook_size` ({self.audio_codebook_size}) and less than "
-                    f"`audio_vocab_size` ({self.audio_vocab_size})."
+                    f"`{name}` ({code}) must be at least `audio_codebook_size` ({self.audio_codebook_size}) and less "
+                    f"than `audio_vocab_size` ({self.audio_vocab_size})."
                 )
         if len(set(specials.values())) < len(specials):
             raise ValueError(f"The special codes must differ from each other, got {specials}.")
@@ -304,7 +309,8 @@ class MiniMindOConfig(PreTrainedConfig):
             ids = getattr(self, name)
             if len(set(ids)) != 1 or not 0 <= ids[0] < self.vocab_size:
                 raise ValueError(
-                    f"`{name}` must hold one placeholder id within the vocabulary ({self.vocab_size}), got {list(ids)}."
+                    f"`{name}` must hold one placeholder id within the vocabulary ({self.vocab_size}), got "
+                    f"{list(ids)}."
                 )
         if self.audio_token_id == self.image_token_id:
             raise ValueError(f"`audio_ids` and `image_ids` must differ, both are {self.audio_token_id}.")

@@ -39,7 +39,8 @@ def apply_delay_pattern(
 
     Returns:
         `tuple`: the codes of every position, `torch.LongTensor` of shape `(batch_size, num_codebooks, length)`, and a
-        `torch.BoolTensor` of the same shape that is True where they are a frame's or a stop (what speech is trained on).
+        `torch.BoolTensor` of the same shape that is True where they are a frame's or a stop (what speech is trained
+        on).
     """
     batch_size, num_codebooks, max_frames = codes.shape
     if num_frames is None:
@@ -74,9 +75,10 @@ def revert_delay_pattern(
             Codes from here on are specials.
 
     Returns:
-        `tuple`: codes of whole frames, `torch.LongTensor` of shape `(batch_size, num_codebooks, num_frames)`, zero where
-        they do not count, and the mask of the frames that count, `torch.BoolTensor` of shape `(batch_size, num_frames)`.
-        `num_frames` is `max(length - num_codebooks + 1, 0)`; in each row the frames that count come first.
+        `tuple`: codes of whole frames, `torch.LongTensor` of shape `(batch_size, num_codebooks, num_frames)`, zero
+        where they do not count, and the mask of the frames that count, `torch.BoolTensor` of shape `(batch_size,
+        num_frames)`. `num_frames` is `max(length - num_codebooks + 1, 0)`; in each row the frames that count come
+        first.
     """
     batch_size, num_codebooks, length = delayed_codes.shape
     num_frames = max(length - num_codebooks + 1, 0)
@@ -104,11 +106,11 @@ def place_voice(
     speaker_embeddings: torch.FloatTensor | None = None,
 ) -> torch.LongTensor:
     """
-    Lays each row's voice out before its answer: the reference codes end right before `end`, and the speaker token stands,
-    in every codebook, right before them (or before `end` without a reference).
+    Lays each row's voice out before its answer: the reference codes end right before `end`, and the speaker token
+    stands, in every codebook, right before them (or before `end` without a reference).
 
-    Where the reference is longer than the row's own prompt, its last part is kept. A row with a speaker embedding keeps
-    one position for the speaker token.
+    Where the reference is longer than the row's own prompt, its last part is kept. A row with a speaker embedding
+    keeps one position for the speaker token.
 
     Args:
         prompt_lengths (`torch.LongTensor` of shape `(batch_size,)`):
@@ -120,8 +122,8 @@ def place_voice(
         num_codebooks (`int`), pad_code (`int`), speaker_code (`int`):
             Rows of the result and its special codes.
         reference_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, num_frames)`, *optional*):
-            Reference codes (not delayed), right aligned: columns of pad on the left do not count, and a row of pad has no
-            reference.
+            Reference codes (not delayed), right aligned: columns of pad on the left do not count, and a row of pad has
+            no reference.
         speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, size)`, *optional*):
             Rows of zeros have no speaker token.
 

@@ -72,16 +72,18 @@ class MiniMindOGenerateOutput(GenerateDecoderOnlyOutput):
 
 class MiniMindOStreamer(BaseStreamer):
     """
-    Receives an answer while it is generated. Subclass it and pass it as `streamer=`; a plain text streamer of transformers
-    works too, and gets the text alone.
+    Receives an answer while it is generated. Subclass it and pass it as `streamer=`; a plain text streamer of
+    transformers works too, and gets the text alone.
     """
 
     def put(self, value: torch.LongTensor):
-        """Text tokens: first the prompts `(batch_size, prompt_length)`, then `(batch_size,)` a step, pad in ended rows."""
+        """Text tokens: first the prompts `(batch_size, prompt_length)`, then `(batch_size,)` a step, pad in ended
+        rows."""
         raise NotImplementedError
 
     def put_audio(self, codes: torch.LongTensor, mask: torch.BoolTensor):
-        """One frame of codes `(batch_size, num_codebooks)`; only the rows where `mask` `(batch_size,)` is True have one."""
+        """One frame of codes `(batch_size, num_codebooks)`; only the rows where `mask` `(batch_size,)` is True have
+        one."""
         raise NotImplementedError
 
     def end(self):
@@ -91,7 +93,8 @@ class MiniMindOStreamer(BaseStreamer):
 
 def sample_from_uniform(scores: torch.FloatTensor, uniform: torch.FloatTensor) -> torch.LongTensor:
     """
-    Draws from the softmax of `scores` by inverting its cumulative distribution, so that one uniform number decides a draw.
+    Draws from the softmax of `scores` by inverting its cumulative distribution, so that one uniform number decides a
+    draw.
 
     Args:
         scores (`torch.FloatTensor` of shape `(..., size)`): Scores in float32; -inf is never drawn.
@@ -145,8 +148,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
         **kwargs,
     ) -> MiniMindOGenerateOutput | torch.LongTensor:
         r"""
-        Answers a batch of prompts with text and speech. Takes what [`GenerationMixin.generate`] takes, for greedy decoding
-        and sampling, and the following.
+        Answers a batch of prompts with text and speech. Takes what [`GenerationMixin.generate`] takes, for greedy
+        decoding and sampling, and the following.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*):
@@ -155,14 +158,15 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 Settings of this call; each can also be passed by name.
             reference_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, num_frames)`, *optional*):
                 Codec codes of a recording of the voice to speak with, right aligned, padded on the left with
-                `config.audio_pad_token`. A row of pad has none. Its last part is used where the row's prompt is shorter.
+                `config.audio_pad_token`. A row of pad has none. Its last part is used where the row's prompt is
+                shorter.
             speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)`, *optional*):
                 The voices' embeddings. A row of zeros has none.
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, prompt_length)`, *optional*):
                 Codes at the prompts' positions, for callers that lay them out themselves; not with the two above.
             seeds (`list[int]`, *optional*):
-                One seed for each returned row: its answer then does not depend on the rest of the batch. Without, draws come
-                from PyTorch's global generator.
+                One seed for each returned row: its answer then does not depend on the rest of the batch. Without,
+                draws come from PyTorch's global generator.
             temperature, top_p, top_k, repetition_penalty, ... :
                 Sampling of the text, by transformers' logits processors.
             audio_temperature (`float`, defaults to 0.2), audio_top_k (`int`, defaults to 50; 0 for all):
@@ -176,8 +180,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             max_new_tokens (`int`, defaults to 512):
                 Steps, with and without text; 12.5 of them are a second of speech.
             stopping_criteria (`StoppingCriteriaList`, *optional*):
-                End tokens and stop strings end a row's text, and its speech goes on to its own end; any other criterion ends
-                the row.
+                End tokens and stop strings end a row's text, and its speech goes on to its own end; any other
+                criterion ends the row.
             streamer (`BaseStreamer`, *optional*):
                 A [`MiniMindOStreamer`] gets text tokens and frames as they appear.
 
@@ -185,7 +189,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             [`MiniMindOGenerateOutput`], or `sequences` alone with `return_dict_in_generate=False`.
 
         Raises:
-            ValueError: Inputs that do not fit each other, modes that this model has not (beam search, assisted generation),
+            ValueError: Inputs that do not fit each other, modes that this model has not (beam search, assisted
+            generation),
                 or scores that are not finite (the weights are damaged or in float16).
         """
         input_ids = kwargs.pop("input_ids", None)
@@ -220,7 +225,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             )
         elif reference_codes is not None or speaker_embeddings is not None:
             raise ValueError(
-                "A voice needs the whole prompt: pass every token's id along with `past_key_values`, not the new ones only."
+                "A voice needs the whole prompt: pass every token's id along with `past_key_values`, not the new "
+                "ones only."
             )
         if voice["speaker_embeddings"] is not None:
             kwargs["speaker_embeddings"] = voice["speaker_embeddings"]
@@ -245,8 +251,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             count = int((input_ids == token_id).sum())
             if count and all(kwargs.get(name) is None for name in names):
                 raise ValueError(
-                    f"The prompts have {count} {kind} placeholders (id {token_id}), but 0 {kind} inputs were passed: pass "
-                    f"`{names[0]}`."
+                    f"The prompts have {count} {kind} placeholders (id {token_id}), but 0 {kind} inputs were passed: "
+                    f"pass `{names[0]}`."
                 )
 
     def _checked_attention_mask(self, prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
@@ -259,8 +265,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             return ((prompt != pad).long().cumsum(dim=-1) > 0).long()
         if attention_mask.dim() != 2 or attention_mask.shape[0] != prompt.shape[0]:
             raise ValueError(
-                f"`attention_mask` must have the shape (batch_size, prompt_length), got {tuple(attention_mask.shape)} for "
-                f"{prompt.shape[0]} prompts."
+                "`attention_mask` must have the shape (batch_size, prompt_length), got "
+                f"{tuple(attention_mask.shape)} for {prompt.shape[0]} prompts."
             )
         mask = attention_mask.long()
         if (mask.diff(dim=1) < 0).any() or (mask[:, -1] == 0).any():
@@ -284,15 +290,16 @@ class MiniMindOGenerationMixin(GenerationMixin):
             started = (~is_pad.all(dim=1)).long().cumsum(dim=-1) > 0
             if not torch.where(started.unsqueeze(1), is_code, is_pad).all():
                 raise ValueError(
-                    f"`reference_codes` must hold codes from 0 to {config.audio_codebook_size - 1}, padded on the left with "
-                    f"{config.audio_pad_token}; got values from {int(reference_codes.min())} to {int(reference_codes.max())}."
+                    f"`reference_codes` must hold codes from 0 to {config.audio_codebook_size - 1}, padded on the "
+                    f"left with {config.audio_pad_token}; got values from {int(reference_codes.min())} to "
+                    f"{int(reference_codes.max())}."
                 )
         if speaker_embeddings is not None:
             shape = (batch_size, config.spk_emb_size)
             if tuple(speaker_embeddings.shape) != shape or not speaker_embeddings.is_floating_point():
                 raise ValueError(
-                    f"`speaker_embeddings` must be a float tensor of shape {shape}, got {tuple(speaker_embeddings.shape)} of "
-                    f"{speaker_embeddings.dtype}."
+                    f"`speaker_embeddings` must be a float tensor of shape {shape}, got "
+                    f"{tuple(speaker_embeddings.shape)} of {speaker_embeddings.dtype}."
                 )
             if not torch.isfinite(speaker_embeddings).all():
                 raise ValueError("`speaker_embeddings` must be finite, got NaN or infinity.")
@@ -302,6 +309,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
         """Gives the model's generation config the released settings where it has none."""
         defaults = {
             **_GENERATION_DEFAULTS,
+            # An original config.json names no pad token, and transformers would then pad with the end token.
+            "pad_token_id": self.config.pad_token_id,
             "suppress_tokens": [self.config.image_token_id, self.config.audio_token_id],
         }
         for name, value in defaults.items():
@@ -417,7 +426,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
         return (opened > last(self.config.bos_token_id)) & (opened > last(self.config.think_end_ids[0]))
 
     def _uniforms(self, seeds, num_rows: int, num_steps: int, device: torch.device) -> torch.FloatTensor | None:
-        """Every step's uniform numbers of each row `(num_rows, num_steps, 1 + num_codebooks)`, drawn from the row's seed."""
+        """Every step's uniform numbers of each row `(num_rows, num_steps, 1 + num_codebooks)`, drawn from the row's
+        seed."""
         if seeds is None:
             return None
         seeds = [int(seed) for seed in seeds]
@@ -458,8 +468,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             if not isinstance(c, (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria))
         ]
 
-        # What logits processors and criteria see: the text alone, without the fill after its end. Batch padding shows the
-        # row's first token instead of pad, so that penalties do not depend on the batch.
+        # What logits processors and criteria see: the text alone, without the fill after its end. Batch padding shows
+        # the row's first token instead of pad, so that penalties do not depend on the batch.
         text_ids = input_ids
         if (
             prompt_length
@@ -652,8 +662,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             live, tokens, rest = values[2 : 2 + rows].bool(), values[2 + rows : 2 + 2 * rows], values[2 + 2 * rows :]
         if broken:
             raise ValueError(
-                "The model's scores are not finite: its weights are damaged, or its precision is too low (float16 is: load "
-                "it in bfloat16 or float32)."
+                "The model's scores are not finite: its weights are damaged, or its precision is too low (float16 "
+                "is: load it in bfloat16 or float32)."
             )
         if streamer is not None:
             if live.any():

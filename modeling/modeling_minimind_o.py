@@ -64,7 +64,8 @@ class MiniMindOStackOutput(ModelOutput):
         past_key_values (`Cache`, *optional*):
             The cache, filled up to the last position.
         hidden_states, attentions, router_logits (`tuple(torch.FloatTensor)`, *optional*):
-            One entry per layer, where asked for with `output_hidden_states`, `output_attentions`, `output_router_logits`.
+            One entry per layer, where asked for with `output_hidden_states`, `output_attentions`,
+            `output_router_logits`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -88,13 +89,14 @@ class MiniMindOOutputWithPast(ModelOutput):
         audio_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `audio_labels`):
             Mean of `codebook_losses`.
         codebook_losses (`torch.FloatTensor` of shape `(num_codebooks,)`, *optional*, returned with `audio_labels`):
-            Per codebook: cross-entropy, stops weighted by `config.audio_stop_weight`, summed and divided by the number of
-            labelled positions; 0 without any.
+            Per codebook: cross-entropy, stops weighted by `config.audio_stop_weight`, summed and divided by the number
+            of labelled positions; 0 without any.
         aux_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned by a mixture of experts in training mode):
             Load-balancing loss of both stacks' routers, already weighted.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Text scores.
-        audio_logits (`torch.FloatTensor` of shape `(batch_size, num_codebooks, sequence_length, audio_vocab_size)`, *optional*):
+        audio_logits (`torch.FloatTensor` of shape `(batch_size, num_codebooks, sequence_length, audio_vocab_size)`,
+        *optional*):
             Code scores; `None` where the Talker did not run.
         past_key_values (`Cache`, *optional*):
             Keys and values of the Thinker's layers, then of the Talker's.
@@ -119,7 +121,8 @@ class MiniMindOOutputWithPast(ModelOutput):
 
 
 def _init_as_pytorch(module: nn.Module):
-    """PyTorch's own defaults: N(0, 1) embeddings, uniform Linears bounded by 1 / sqrt(fan_in). 0.02 trains differently."""
+    """PyTorch's own defaults: N(0, 1) embeddings, uniform Linears bounded by 1 / sqrt(fan_in). 0.02 trains
+    differently."""
     if isinstance(module, nn.Linear):
         init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         if module.bias is not None:
@@ -305,7 +308,12 @@ class MiniMindOCodecEmbedding(nn.Module):
 
     def forward(self, audio_codes: torch.LongTensor) -> torch.FloatTensor:
         """Embeds codes of shape `(batch_size, num_codebooks, sequence_length)` into one vector a position."""
-        adapted = sum(adapter(codes) for adapter, codes in zip(self.adapters, audio_codes.unbind(1), strict=True))
+        # One activation for all codebooks: on a CPU, each call costs more than it computes.
+        inner = torch.stack(
+            [adapter[0](codes) for adapter, codes in zip(self.adapters, audio_codes.unbind(1), strict=True)], dim=1
+        )
+        inner = self.adapters[0][1](inner)
+        adapted = sum(adapter[2](codes) for adapter, codes in zip(self.adapters, inner.unbind(1), strict=True))
         return (self.base(audio_codes).sum(dim=1) + adapted) / len(self.adapters)
 
 
@@ -327,9 +335,12 @@ class MiniMindOCodecHead(nn.Module):
         )
 
     def forward(self, hidden_states: torch.FloatTensor) -> torch.FloatTensor:
-        """`(batch_size, sequence_length, width)` to `(batch_size, num_codebooks, sequence_length, audio_vocab_size)`."""
-        adapted = torch.stack([adapter(hidden_states) for adapter in self.adapters], dim=1)
-        return adapted + self.base(hidden_states).unsqueeze(1)
+        """`(batch_size, sequence_length, width)` to `(batch_size, num_codebooks, sequence_length,
+        audio_vocab_size)`."""
+        inner = torch.stack([adapter[0](hidden_states) for adapter in self.adapters], dim=1)
+        inner = self.adapters[0][1](inner)  # one activation for all codebooks, as above
+        adapted = [adapter[2](codes) for adapter, codes in zip(self.adapters, inner.unbind(1), strict=True)]
+        return torch.stack(adapted, dim=1) + self.base(hidden_states).unsqueeze(1)
 
 
 class MiniMindOTalkerModel(MiniMindOStack):
@@ -426,7 +437,8 @@ class MiniMindOProjector(nn.Module):
 def _text_loss(
     logits: torch.Tensor, labels: torch.LongTensor, num_items: torch.Tensor | int | None
 ) -> torch.FloatTensor:
-    """Cross-entropy of the next token, summed and divided by `num_items` (this batch's labelled positions by default)."""
+    """Cross-entropy of the next token, summed and divided by `num_items` (this batch's labelled positions by
+    default)."""
     labels = labels[:, 1:].to(logits.device)
     loss = nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
@@ -475,7 +487,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
     """
     MiniMind-O: text, speech and pictures in, text and speech codes out.
 
-    The encoders are frozen and stay in evaluation mode until one of their parameters is unfrozen with `requires_grad_`.
+    The encoders are frozen and stay in evaluation mode until one of their parameters is unfrozen with
+    `requires_grad_`.
 
     Args:
         config ([`MiniMindOConfig`]): The model's configuration.
@@ -523,9 +536,9 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         **kwargs,
     ):
         r"""
-        As [`PreTrainedModel.from_pretrained`], but a checkpoint that is damaged or does not hold every tensor is refused
-        instead of being filled up with random weights, and a float16 checkpoint is loaded in float32 unless `dtype` says
-        otherwise (float16 gives non-finite scores in this model).
+        As [`PreTrainedModel.from_pretrained`], but a checkpoint that is damaged or does not hold every tensor is
+        refused instead of being filled up with random weights, and a float16 checkpoint is loaded in float32 unless
+        `dtype` says otherwise (float16 gives non-finite scores in this model).
 
         Args:
             allow_missing (`bool`, defaults to `False`):
@@ -556,19 +569,19 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 f"{key}: {tuple(found)} in the file, {tuple(wanted)} wanted" for key, found, wanted in mismatched[:5]
             )
             raise ValueError(
-                f"{len(mismatched)} tensors of '{pretrained_model_name_or_path}' do not fit its configuration: {shown}. "
-                "Use the config.json that belongs to these weights, or pass `ignore_mismatched_sizes=True` to train them "
-                "anew."
+                f"{len(mismatched)} tensors of '{pretrained_model_name_or_path}' do not fit its configuration: "
+                f"{shown}. Use the config.json that belongs to these weights, or pass `ignore_mismatched_sizes=True` "
+                "to train them anew."
             )
         if missing and not allow_missing:
             raise ValueError(
-                f"'{pretrained_model_name_or_path}' lacks {len(missing)} tensors, among them {missing[:5]}. The checkpoint "
-                "is incomplete; pass `allow_missing=True` to initialise them and train on."
+                f"'{pretrained_model_name_or_path}' lacks {len(missing)} tensors, among them {missing[:5]}. The "
+                "checkpoint is incomplete; pass `allow_missing=True` to initialise them and train on."
             )
         if model.dtype == torch.float16 and kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) == "auto":
             logger.warning(
-                "The checkpoint is in float16, which gives non-finite scores in this model: it is loaded in float32. Pass "
-                "`dtype` to choose (bfloat16 is fine)."
+                "The checkpoint is in float16, which gives non-finite scores in this model: it is loaded in float32. "
+                "Pass `dtype` to choose (bfloat16 is fine)."
             )
             del model
             kwargs.pop("torch_dtype", None)
@@ -607,8 +620,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         """
         if self.audio_tower is None:
             raise ValueError(
-                "This checkpoint has no speech encoder. Attach one: `minimind-o convert CHECKPOINT DIR --audio-encoder "
-                "SENSEVOICE`, or pass its outputs as `audio_hidden_states`."
+                "This checkpoint has no speech encoder. Attach one: `minimind-o convert CHECKPOINT DIR "
+                "--audio-encoder SENSEVOICE`, or pass its outputs as `audio_hidden_states`."
             )
         if input_features_mask is None:
             input_features_mask = torch.ones(input_features.shape[:2], dtype=torch.long, device=input_features.device)
@@ -637,8 +650,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         """
         if self.vision_tower is None:
             raise ValueError(
-                "This checkpoint has no vision encoder. Attach one: `minimind-o convert CHECKPOINT DIR --vision-encoder "
-                "SIGLIP2`, or pass its outputs as `image_hidden_states`."
+                "This checkpoint has no vision encoder. Attach one: `minimind-o convert CHECKPOINT DIR "
+                "--vision-encoder SIGLIP2`, or pass its outputs as `image_hidden_states`."
             )
         tower = self.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
@@ -692,7 +705,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
     def _check_codes(
         self, name: str, codes: torch.Tensor, low: int, shape: tuple[int | None, ...], check_values: bool
     ):
-        """Refuses codes or labels of another shape or type, or outside `[low, audio_vocab_size)` (-100 is a label's)."""
+        """Refuses codes or labels of another shape or type, or outside `[low, audio_vocab_size)` (-100 is a
+        label's)."""
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"`{name}` must hold integers, got {codes.dtype}.")
         if codes.dim() != len(shape) or any(
@@ -741,12 +755,13 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, sequence_length)`, *optional*):
                 The Talker's codes at the same positions, delayed (see [`apply_delay_pattern`]); pad by default.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
-                1 for positions to attend to, 0 for batch padding. Never made from `input_ids != pad`: pad also stands under
-                speech that outlasts its text.
+                1 for positions to attend to, 0 for batch padding. Never made from `input_ids != pad`: pad also stands
+                under speech that outlasts its text.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions of the rotary embeddings.
             past_key_values (`Cache`, *optional*):
-                Keys and values of the Thinker's layers, then of the Talker's. Any transformers Cache made for this config.
+                Keys and values of the Thinker's layers, then of the Talker's. Any transformers Cache made for this
+                config.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             input_features (`torch.FloatTensor` of shape `(clips, frames, 560)`, *optional*):
@@ -757,7 +772,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 All pictures of the batch in reading order.
             audio_hidden_states (`torch.FloatTensor` of shape `(clips, frames, audio_hidden_size)`, *optional*):
                 The speech encoder's outputs, in place of `input_features`.
-            image_hidden_states (`torch.FloatTensor` of shape `(pictures, image_token_len, image_hidden_size)`, *optional*):
+            image_hidden_states (`torch.FloatTensor` of shape `(pictures, image_token_len, image_hidden_size)`,
+            *optional*):
                 The vision encoder's outputs, in place of `pixel_values`.
             speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)`, *optional*):
                 What stands where the first codebook's code is `config.audio_spk_token`. A row of zeros has no voice.
@@ -772,8 +788,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             run_talker (`bool`, defaults to `True`):
                 Whether to run the Talker; without it there are no `audio_logits`.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Divisor of the text loss in place of this batch's number of labelled positions: the number over all batches
-                of one optimiser step.
+                Divisor of the text loss in place of this batch's number of labelled positions: the number over all
+                batches of one optimiser step.
             num_audio_items_in_batch (`torch.Tensor` of shape `(num_codebooks,)`, *optional*):
                 Divisors of the codebooks' losses, likewise.
 
@@ -785,8 +801,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
-        # A decoding step is one position after a filled cache: its inputs are the model's own, and checks would make the
-        # host wait.
+        # A decoding step is one position after a filled cache: its inputs are the model's own, and checks would make
+        # the host wait.
         is_decoding = length == 1 and past_key_values is not None
 
         inputs_embeds = self._embed_speech(
@@ -842,9 +858,9 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             raise ValueError("`audio_labels` need the Talker: pass `run_talker=True`.")
 
         text_loss = audio_loss = codebook_losses = aux_loss = loss = None
-        if labels is not None or audio_labels is not None:
-            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-                raise ValueError(f"Labels need every position's scores, got `logits_to_keep={logits_to_keep}`.")
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if (labels is not None or audio_labels is not None) and not keeps_all:
+            raise ValueError(f"Labels need every position's scores, got `logits_to_keep={logits_to_keep}`.")
         if labels is not None:
             if labels.shape != (batch_size, length):
                 raise ValueError(f"`labels` must have the shape {(batch_size, length)}, got {tuple(labels.shape)}.")
@@ -919,9 +935,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         features = self.audio_proj(audio_hidden_states[mask])
         return self._merge_features(inputs_embeds, is_placeholder, features, lengths, "speech")
 
-    def _embed_pictures(
-        self, input_ids, inputs_embeds, pixel_values, image_hidden_states
-    ) -> torch.FloatTensor:
+    def _embed_pictures(self, input_ids, inputs_embeds, pixel_values, image_hidden_states) -> torch.FloatTensor:
         if pixel_values is not None and image_hidden_states is not None:
             raise ValueError("Pass `pixel_values` or `image_hidden_states`, not both.")
         if pixel_values is not None:

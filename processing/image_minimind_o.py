@@ -31,7 +31,8 @@ def load_image(source: ImageSource) -> PIL.Image.Image | np.ndarray | torch.Tens
     if isinstance(source, (np.ndarray, torch.Tensor)):
         if source.ndim != 3 or 3 not in (source.shape[0], source.shape[-1]) or 0 in source.shape:
             raise ValueError(f"a picture passed as an array must have 3 channels, got shape {tuple(source.shape)}")
-        if not torch.isfinite(torch.as_tensor(source)).all():
+        finite = torch.isfinite(source) if isinstance(source, torch.Tensor) else np.isfinite(source)
+        if not finite.all():
             raise ValueError("a picture passed as an array has NaN or infinite values")
         return source
     if isinstance(source, (str, os.PathLike)):

@@ -66,9 +66,7 @@ def _local_directory(source: PathLike, what: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise OSError(
-            f"{what}: {source} does not exist here and cannot be downloaded from the Hub: {error}"
-        ) from error
+        raise OSError(f"{what}: {source} does not exist here and cannot be downloaded: {error}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -84,9 +82,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path):
-            raise ValueError(
-                f"{path} holds pickled objects other than tensors, which are not loaded: {error}"
-            ) from error
+            raise ValueError(f"{path} holds pickled objects, and nothing but tensors is loaded: {error}") from error
         raise OSError(f"{path} is damaged, or is no PyTorch file: {error}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
         raise OSError(f"{path} is truncated or damaged: {error}") from error
@@ -96,14 +92,41 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_state(state: dict, path: Path) -> dict[str, torch.Tensor]:
-    other = [
-        str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))
-    ]
-    if other or not state:
-        raise ValueError(
-            f"{path} is no state dict of tensors: " + (f"it also holds {_some(other)}." if other else "empty.")
-        )
+    other = [str(name) for name, value in state.items() if not (isinstance(name, str) and torch.is_tensor(value))]
+    if other:
+        raise ValueError(f"{path} is no state dict: the values of {_some(other)} are no tensors.")
+    if not state:
+        raise ValueError(f"{path} holds no tensors.")
     return state
+
+
+def _count(state: dict[str, torch.Tensor], prefix: str, path: Path) -> int:
+    """Number of `prefix.0.`, `prefix.1.`, … among the tensors' names."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    found = {int(match[1]) for name in state if (match := pattern.match(name))}
+    if lacking := set(range(len(found))) - found:
+        raise ValueError(f"{path} lacks {prefix}.{min(lacking)}, though it holds {prefix}.{max(found)}.")
+    return len(found)
+
+
+def _check_tensors(
+    state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], path: PathLike, optional: tuple[str, ...] = ()
+) -> None:
+    """Raise a `ValueError` unless `state` has exactly the names and shapes of `wanted`."""
+    problems = []
+    if missing := wanted.keys() - state.keys() - set(optional):
+        problems.append(f"it lacks {len(missing)} tensors ({_some(missing)})")
+    if unknown := state.keys() - wanted.keys():
+        problems.append(f"it holds {len(unknown)} unknown tensors ({_some(unknown)})")
+    shapes = [
+        f"{name} {list(state[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if shapes:
+        problems.append(f"{len(shapes)} tensors do not fit its configuration ({_some(shapes)})")
+    if problems:
+        raise ValueError(f"{path} cannot be converted: " + "; ".join(problems) + ".")
 
 
 def _read_json(path: Path) -> dict:
@@ -149,10 +172,7 @@ def load_sensevoice_encoder(path: PathLike, num_attention_heads: int = 4) -> Fun
 
     # The three parts run one after the other; each of the last two ends with a norm.
     part_of = re.compile(r"(encoders0|encoders|tp_encoders)\.(\d+)\.(.+)")
-    sizes = dict.fromkeys(("encoders0", "encoders", "tp_encoders"), 0)
-    for name in state:
-        if match := part_of.fullmatch(name):
-            sizes[match[1]] = max(sizes[match[1]], int(match[2]) + 1)
+    sizes = {part: _count(state, part, path) for part in ("encoders0", "encoders", "tp_encoders")}
     starts = {"encoders0": 0, "encoders": sizes["encoders0"], "tp_encoders": sizes["encoders0"] + sizes["encoders"]}
     num_layers = sum(sizes.values())
 
@@ -163,10 +183,8 @@ def load_sensevoice_encoder(path: PathLike, num_attention_heads: int = 4) -> Fun
         if match and match[3] in _SENSEVOICE_NAMES:
             renamed[f"{layer}.{_SENSEVOICE_NAMES[match[3]]}"] = value
         elif match and match[3] in ("self_attn.linear_q_k_v.weight", "self_attn.linear_q_k_v.bias"):
-            if value.shape[0] % 3:
-                raise ValueError(
-                    f"{path}: encoder.{name} must hold three equal parts, its shape is {tuple(value.shape)}."
-                )
+            if not value.ndim or value.shape[0] % 3:
+                raise ValueError(f"{path}: encoder.{name} of shape {list(value.shape)} must hold three equal parts.")
             for projection, part in zip("qkv", value.chunk(3), strict=True):
                 renamed[f"{layer}.self_attn.{projection}_proj.{match[3].rsplit('.', 1)[1]}"] = part
         elif name in ("after_norm.weight", "after_norm.bias"):
@@ -178,34 +196,34 @@ def load_sensevoice_encoder(path: PathLike, num_attention_heads: int = 4) -> Fun
     if unknown:
         raise ValueError(f"{path} holds tensors that SenseVoice-Small's encoder has not: {_some(unknown)}.")
 
-    first = "layers.0."
-    try:
-        input_size = renamed[first + "input_layernorm.weight"].shape[0]
-        num_mel_bins = FunAsrNanoEncoderConfig.num_mel_bins
-        if input_size % num_mel_bins:
-            raise ValueError(
-                f"{path}: features of {input_size} values are not whole frames of {num_mel_bins} mel bins."
-            )
-        config = FunAsrNanoEncoderConfig(
-            num_mel_bins=num_mel_bins,
-            num_stacked_frames=input_size // num_mel_bins,
-            hidden_size=renamed[first + "self_attn.o_proj.weight"].shape[0],
-            intermediate_size=renamed[first + "mlp.fc1.weight"].shape[0],
-            fsmn_kernel_size=renamed[first + "self_attn.fsmn.conv.weight"].shape[-1],
-            num_hidden_layers=num_layers,
-            num_timestamp_prediction_layers=sizes["tp_encoders"],
-            num_attention_heads=num_attention_heads,
+    def size(name: str, axis: int) -> int:
+        if name not in renamed or not renamed[name].ndim:
+            raise ValueError(f"{path} lacks the tensor that becomes {name}: its sizes cannot be told.")
+        return renamed[name].shape[axis]
+
+    num_mel_bins = FunAsrNanoEncoderConfig.num_mel_bins
+    input_size = size("layers.0.input_layernorm.weight", 0)
+    hidden_size = size("layers.0.self_attn.o_proj.weight", 0)
+    if input_size % num_mel_bins or hidden_size % num_attention_heads:
+        raise ValueError(
+            f"{path}: {input_size} inputs must be a multiple of {num_mel_bins} mel bins, and a width of {hidden_size} "
+            f"one of {num_attention_heads} heads."
         )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the tensor that becomes {error.args[0]}: its sizes cannot be told.") from error
-    if config.hidden_size % num_attention_heads:
-        raise ValueError(f"{path}: a width of {config.hidden_size} cannot be split into {num_attention_heads} heads.")
-    dtype = renamed[first + "input_layernorm.weight"].dtype
-    encoder, info = FunAsrNanoEncoder.from_pretrained(
-        None, config=config, state_dict=renamed, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    config = FunAsrNanoEncoderConfig(
+        num_mel_bins=num_mel_bins,
+        num_stacked_frames=input_size // num_mel_bins,
+        hidden_size=hidden_size,
+        intermediate_size=size("layers.0.mlp.fc1.weight", 0),
+        fsmn_kernel_size=size("layers.0.self_attn.fsmn.conv.weight", -1),
+        num_hidden_layers=num_layers,
+        num_timestamp_prediction_layers=sizes["tp_encoders"],
+        num_attention_heads=num_attention_heads,
     )
-    _check_loading(info, path)
-    return encoder
+    with torch.device("meta"):
+        wanted = FunAsrNanoEncoder(config).state_dict()
+    _check_tensors(renamed, wanted, path)
+    dtype = renamed["layers.0.input_layernorm.weight"].dtype
+    return FunAsrNanoEncoder.from_pretrained(None, config=config, state_dict=renamed, dtype=dtype)
 
 
 def read_am_mvn(path: PathLike) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,9 +248,7 @@ def read_am_mvn(path: PathLike) -> tuple[torch.Tensor, torch.Tensor]:
     for tag in ("AddShift", "Rescale"):
         match = re.search(rf"<{tag}>\s+(\d+)\s+(\d+)\s+<LearnRateCoef>\s+\S+\s+\[([^\]]*)\]", text)
         if match is None:
-            raise ValueError(
-                f"{path} has no `<{tag}> N N <LearnRateCoef> 0 [ … ]`: it is no am.mvn, or it is truncated."
-            )
+            raise ValueError(f"{path} has no `<{tag}> N N <LearnRateCoef> 0 [ … ]`: it is no am.mvn, or truncated.")
         try:
             vector = torch.tensor([float(value) for value in match[3].split()], dtype=torch.float32)
         except ValueError as error:
@@ -297,106 +313,86 @@ def _read_source(source: PathLike) -> tuple[dict[str, torch.Tensor], MiniMindOCo
 def _infer_config(state: dict[str, torch.Tensor], path: Path) -> MiniMindOConfig:
     """Configuration of a bare state dict: sizes from the tensors' shapes, everything else as released."""
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, ndim: int) -> torch.Size:
         if name not in state:
             raise ValueError(f"{path} lacks the tensor {name}: it is no MiniMind-O state dict, or it is incomplete.")
+        if state[name].ndim != ndim or not state[name].numel():
+            raise ValueError(f"{path}: {name} must have {ndim} axes, its shape is {list(state[name].shape)}.")
         return state[name].shape
-
-    def count(pattern: str) -> int:
-        found = {int(match[1]) for name in state if (match := re.match(pattern, name))}
-        return max(found, default=-1) + 1
 
     def stack(prefix: str) -> dict[str, int]:
         layer = f"{prefix}.layers.0."
-        head_dim = shape(layer + "self_attn.q_norm.weight")[0]
+        head_dim = shape(layer + "self_attn.q_norm.weight", 1)[0]
         sizes = {
             "head_dim": head_dim,
-            "num_attention_heads": shape(layer + "self_attn.q_proj.weight")[0] // head_dim,
-            "num_key_value_heads": shape(layer + "self_attn.k_proj.weight")[0] // head_dim,
+            "num_attention_heads": shape(layer + "self_attn.q_proj.weight", 2)[0] // head_dim,
+            "num_key_value_heads": shape(layer + "self_attn.k_proj.weight", 2)[0] // head_dim,
         }
         if layer + "mlp.gate.weight" in state:
-            sizes["num_experts"] = shape(layer + "mlp.gate.weight")[0]
-            sizes["moe_intermediate_size"] = shape(layer + "mlp.experts.0.gate_proj.weight")[0]
+            sizes["num_experts"] = shape(layer + "mlp.gate.weight", 2)[0]
+            sizes["moe_intermediate_size"] = shape(layer + "mlp.experts.0.gate_proj.weight", 2)[0]
         else:
-            sizes["intermediate_size"] = shape(layer + "mlp.gate_proj.weight")[0]
+            sizes["intermediate_size"] = shape(layer + "mlp.gate_proj.weight", 2)[0]
         return sizes
 
-    vocab_size, hidden_size = shape("model.embed_tokens.weight")
-    audio_vocab_size, talker_hidden_size = shape("talker.embed_tokens.base.weight")
+    vocab_size, hidden_size = shape("model.embed_tokens.weight", 2)
+    audio_vocab_size, talker_hidden_size = shape("talker.embed_tokens.base.weight", 2)
     # 64 rows are for specials: 2,112 = 2,048 + 64 in the release.
     codebook_size = audio_vocab_size - (MiniMindOConfig().audio_vocab_size - MiniMindOConfig().audio_codebook_size)
     sizes = dict(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_hidden_layers=count(r"model\.layers\.(\d+)\."),
+        num_hidden_layers=_count(state, "model.layers", path),
         use_moe="model.layers.0.mlp.gate.weight" in state,
         **stack("model"),
         talker_hidden_size=talker_hidden_size,
-        num_talker_hidden_layers=count(r"talker\.layers\.(\d+)\."),
+        num_talker_hidden_layers=_count(state, "talker.layers", path),
         **{f"talker_{name}": value for name, value in stack("talker").items()},
-        num_codebooks=count(r"talker\.embed_tokens\.adapters\.(\d+)\."),
+        num_codebooks=_count(state, "talker.embed_tokens.adapters", path),
         audio_vocab_size=audio_vocab_size,
         audio_codebook_size=codebook_size,
         audio_pad_token=codebook_size + 1,
         audio_stop_token=codebook_size + 2,
         audio_spk_token=codebook_size + 3,
-        audio_adapter_rank=shape("talker.embed_tokens.adapters.0.0.weight")[1],
-        audio_hidden_size=shape("audio_proj.mlp.0.weight")[0],
-        image_hidden_size=shape("vision_proj.mlp.0.weight")[0],
-        spk_emb_size=shape("talker.spk_proj.weight")[1],
+        audio_adapter_rank=shape("talker.embed_tokens.adapters.0.0.weight", 2)[1],
+        audio_hidden_size=shape("audio_proj.mlp.0.weight", 1)[0],
+        image_hidden_size=shape("vision_proj.mlp.0.weight", 1)[0],
+        spk_emb_size=shape("talker.spk_proj.weight", 2)[1],
     )
     with _config_errors(path):
         return MiniMindOConfig(**sizes)
-
-
-def _check_loading(info: dict, path: PathLike) -> None:
-    problems = []
-    if info["missing_keys"]:
-        problems.append(f"it lacks {len(info['missing_keys'])} tensors ({_some(info['missing_keys'])})")
-    if info["unexpected_keys"]:
-        problems.append(f"it holds {len(info['unexpected_keys'])} unknown tensors ({_some(info['unexpected_keys'])})")
-    if info["mismatched_keys"]:
-        shapes = [
-            f"{name}: {list(found)} instead of {list(wanted)}" for name, found, wanted in info["mismatched_keys"]
-        ]
-        problems.append(f"the shapes of {len(shapes)} tensors do not fit its configuration ({_some(shapes)})")
-    problems += info.get("error_msgs", [])
-    if problems:
-        raise ValueError(f"{path} cannot be converted: " + "; ".join(problems) + ".")
 
 
 def _build_model(
     state: dict[str, torch.Tensor], config: MiniMindOConfig, dtype: torch.dtype | None, path: PathLike
 ) -> MiniMindOForConditionalGeneration:
     """The model with exactly these tensors, in `dtype` or else the embedding's."""
-    embedding = state.get("model.embed_tokens.weight")
-    if embedding is None:
-        raise ValueError(f"{path} lacks the tensor model.embed_tokens.weight: it is no MiniMind-O checkpoint.")
+    with torch.device("meta"):
+        skeleton = MiniMindOForConditionalGeneration(config)
+        wanted = revert_weight_conversion(skeleton, skeleton.state_dict())
+    _check_tensors(state, wanted, path, optional=("lm_head.weight",) if config.tie_word_embeddings else ())
+    embedding = state["model.embed_tokens.weight"]
     if config.tie_word_embeddings and not torch.equal(state.get("lm_head.weight", embedding), embedding):
+        raise ValueError(f"{path}: lm_head.weight and model.embed_tokens.weight are tied, but differ.")
+    return MiniMindOForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype or embedding.dtype
+    )
+
+
+def _check_loading(info: dict, source: PathLike) -> None:
+    # What a part holds beyond our needs, such as a whole SigLIP's text half, is no concern of ours.
+    missing, mismatched = info["missing_keys"], [name for name, *_ in info["mismatched_keys"]]
+    if missing or mismatched:
         raise ValueError(
-            f"{path}: lm_head.weight differs from model.embed_tokens.weight, but the configuration ties them."
+            f"{source} cannot be used: it lacks {len(missing)} tensors ({_some(missing)}), and {len(mismatched)} have "
+            f"shapes that its configuration does not have ({_some(mismatched)})."
         )
-    try:
-        model, info = MiniMindOForConditionalGeneration.from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype or embedding.dtype,
-            allow_missing=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except RuntimeError as error:
-        # Experts of different shapes, or too few of them, cannot be stacked.
-        raise ValueError(f"{path} cannot be converted: {error}") from error
-    _check_loading(info, path)
-    return model
 
 
 def _load_codec(source: PathLike, config: MiniMindOConfig) -> MimiModel:
     source = os.fspath(source)
     codec, info = MimiModel.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
-    _check_loading(info | {"unexpected_keys": []}, source)
+    _check_loading(info, source)
     if codec.config.codebook_size != config.audio_codebook_size:
         raise ValueError(
             f"The codec of {source} has codebooks of {codec.config.codebook_size} codes, the checkpoint expects "
@@ -431,8 +427,7 @@ def _attach_vision_encoder(source: PathLike, config: MiniMindOConfig, state: dic
     """Put a SigLIP2 vision encoder into `config` and `state`; return its image processor."""
     source = os.fspath(source)
     encoder, info = SiglipVisionModel.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
-    # A whole SigLIP has a text half too.
-    _check_loading(info | {"unexpected_keys": []}, source)
+    _check_loading(info, source)
     config.vision_config = encoder.config
     _replace_tower(state, "vision_tower.", encoder)
     return AutoImageProcessor.from_pretrained(source)
@@ -450,16 +445,12 @@ def _load_tokenizer(
     """The tokenizer given, or the one beside the weights, checked against the configuration's ids."""
     if tokenizer is None:
         if not (folder / "tokenizer.json").is_file():
-            raise ValueError(
-                f"{folder} holds no tokenizer.json: say where the checkpoint's tokenizer is (`tokenizer`)."
-            )
+            raise ValueError(f"{folder} holds no tokenizer.json: say where the checkpoint's is (`tokenizer`).")
         tokenizer = folder
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} entries, the checkpoint's vocabulary {config.vocab_size}."
-        )
+        raise ValueError(f"The tokenizer has {len(tokenizer)} entries, more than `vocab_size` ({config.vocab_size}).")
     wanted = {
         config.audio_special_token: config.audio_token_id,
         config.image_special_token: config.image_token_id,
@@ -467,9 +458,7 @@ def _load_tokenizer(
     }
     for token, token_id in wanted.items():
         if (found := tokenizer.convert_tokens_to_ids(token)) != token_id:
-            raise ValueError(
-                f"The tokenizer's id of {token!r} is {found}, the checkpoint's {token_id}: it is another's."
-            )
+            raise ValueError(f"The tokenizer is another's: its id of {token!r} is {found}, the model's {token_id}.")
     return tokenizer
 
 
@@ -531,6 +520,9 @@ def convert_checkpoint(
         with _config_errors(source):
             config.validate()
         model = _build_model(state, config, dtype, source)
+        if (folder / "generation_config.json").is_file():
+            # What it leaves open, the model fills in.
+            model.adjust_generation_fn(None, True, False, folder)
         processor = MiniMindOProcessor(
             feature_extractor=feature_extractor,
             tokenizer=tokenizer,

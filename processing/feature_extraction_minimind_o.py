@@ -7,7 +7,7 @@ import torch
 import torchaudio
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.fun_asr_nano.feature_extraction_fun_asr_nano import FunAsrNanoFeatureExtractor
-from transformers.utils import TensorType
+from transformers.utils.generic import TensorType
 
 from .audio_minimind_o import AudioSource, load_audio, split_clips
 

@@ -5,7 +5,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -13,7 +13,8 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, MimiModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import _MARKED_RE, OmniModalProcessorMixin
-from transformers.utils import cached_file, is_torchvision_available
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_torchvision_available
 
 from .audio_minimind_o import AudioSource, load_audio, split_clips
 from .chat_template_minimind_o import CHAT_TEMPLATE
@@ -196,15 +197,16 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         _check_counts("pictures", self.image_token, rows, len(pictures), pictures_per_row)
         voices = self._voices_of_rows(voice, len(rows))
 
-        audio_kwargs = dict(kwargs.pop("audio_kwargs", None) or {})
+        audio_kwargs: Any = dict(kwargs.pop("audio_kwargs", None) or {})
         rate = audio_kwargs.pop("sampling_rate", None) if sampling_rate is None else sampling_rate
         waveforms = [self._load_clip(clip, index, rate) for index, clip in enumerate(clips)]
         # The keyword wins over `padding_side` in the tokenizer's own settings, which is "right" unless someone set it.
-        text_kwargs = dict(kwargs.pop("text_kwargs", None) or {})
+        text_kwargs: Any = dict(kwargs.pop("text_kwargs", None) or {})
         if "padding_side" not in kwargs:
             text_kwargs.setdefault("padding_side", "left")
+        loaded: Any = [load_image(picture) for picture in pictures] or None
         outputs = super().__call__(
-            images=[load_image(picture) for picture in pictures] or None,
+            images=loaded,
             text=rows,
             audio=waveforms or None,
             text_kwargs=text_kwargs,
@@ -316,15 +318,12 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         for conversation in conversations:
             images.append([])
             clips.append([])
-            for message in conversation:
-                content = message.get("content")
-                for block in content if isinstance(content, (list, tuple)) else []:
-                    if block["type"] == "image":
-                        images[-1].append(_source(block, ("image", "path", "url", "base64")))
-                    elif block["type"] == "audio":
-                        clip = _source(block, ("audio", "path", "url"))
-                        clip_rate = block.get("sampling_rate")
-                        clips[-1].append(clip if clip_rate is None else load_audio(clip, clip_rate, rate))
+            for block in _content_blocks(conversation):
+                if block.get("type") == "image":
+                    images[-1].append(_source(block, ("image", "path", "url", "base64")))
+                elif block.get("type") == "audio":
+                    clip, clip_rate = _source(block, ("audio", "path", "url")), block.get("sampling_rate")
+                    clips[-1].append(clip if clip_rate is None else load_audio(clip, clip_rate, rate))
         return images, [], clips, {}
 
     # ---------------------------------------------------------------- outputs
@@ -349,8 +348,9 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         if not isinstance(outputs, Mapping) or "sequences" not in outputs:
             return self.tokenizer.decode(outputs, skip_special_tokens=skip_special_tokens, **kwargs)
         prompt_length = int(outputs["prompt_length"])
-        waveforms = [None] * len(outputs["sequences"])
-        if "audio_codes" in outputs and outputs["audio_codes"] is not None:
+        if outputs.get("audio_codes") is None:
+            waveforms = [None] * len(outputs["sequences"])
+        else:
             waveforms = self.decode_audio(outputs["audio_codes"], outputs.get("audio_codes_mask"))
         answers = []
         for ids, waveform in zip(outputs["sequences"].tolist(), waveforms, strict=True):
@@ -420,7 +420,8 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         frames = mask.sum(-1).tolist()
         if not max(frames, default=0):
             return [torch.zeros(0) for _ in frames]
-        sound = codec.decode(codes[..., : max(frames)].to(codec.device)).audio_values[:, 0].float().cpu()
+        decoded: Any = codec.decode(codes[..., : max(frames)].to(codec.device))
+        sound = decoded.audio_values[:, 0].float().cpu()
         samples_per_frame = round(codec.config.sampling_rate / codec.config.frame_rate)
         return [row[: count * samples_per_frame].clone() for row, count in zip(sound, frames, strict=True)]
 
@@ -534,7 +535,12 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         folder = config.pop(AUDIO_TOKENIZER_KEY, None)
         if load_audio_tokenizer and folder:
             hub_kwargs["subfolder"] = os.path.join(hub_kwargs.get("subfolder") or "", folder)
-            config["audio_tokenizer"] = MimiModel.from_pretrained(path, **hub_kwargs, **codec_kwargs)
+            try:
+                config["audio_tokenizer"] = MimiModel.from_pretrained(path, **hub_kwargs, **codec_kwargs)
+            except OSError as error:
+                raise OSError(
+                    f"cannot load the codec from {folder} in {path}: {error} (`load_audio_tokenizer=False` skips it)"
+                ) from error
         return config, kwargs
 
     @classmethod
@@ -575,7 +581,17 @@ def _check_counts(things: str, token: str, rows: list[str], total: int, per_row:
         raise ValueError(f"the text has {sum(found)} {token}, but {total} {things} were passed")
 
 
-def _source(block: dict, keys: tuple[str, ...]):
+def _content_blocks(conversation: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The items of every content list of a conversation, in reading order."""
+    contents = [message.get("content") for message in conversation]
+    blocks = [block for content in contents if isinstance(content, (list, tuple)) for block in content]
+    for block in blocks:
+        if not isinstance(block, Mapping):
+            raise ValueError(f"an item of a content list must be a mapping with a `type`, got {type(block).__name__}")
+    return blocks
+
+
+def _source(block: Mapping[str, Any], keys: tuple[str, ...]):
     source = next((block[key] for key in keys if block.get(key) is not None), None)
     if source is None:
         raise ValueError(f"a content block of type {block['type']} needs one of {list(keys)}, got {sorted(block)}")

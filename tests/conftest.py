@@ -27,7 +27,8 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(shared_dir):
-    """Reads the reference values: `golden.tensors(name)`, `golden.manifest(name)`, `golden.config(name)`, `golden.fill`."""
+    """Reads the reference values: `golden.tensors(name)`, `golden.manifest(name)`, `golden.config(name)`,
+    `golden.fill`."""
     folder = shared_dir / "golden"
     spec = importlib.util.spec_from_file_location("golden_fill", folder / "fill.py")
     fill = importlib.util.module_from_spec(spec)
@@ -38,3 +39,69 @@ def golden(shared_dir):
         config=lambda name: json.loads((folder / f"{name}.config.json").read_text(encoding="utf-8")),
         fill=fill,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Makes configurations of toy width: `tiny_config(use_moe=False, **overrides)`."""
+    from minimind_o_hf import MiniMindOConfig
+
+    def make(use_moe: bool = False, **overrides) -> MiniMindOConfig:
+        settings = {
+            "use_moe": use_moe,
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "talker_hidden_size": 48,
+            "num_talker_hidden_layers": 2,
+            "talker_num_attention_heads": 4,
+            "talker_num_key_value_heads": 2,
+            "audio_codebook_size": 32,
+            "audio_vocab_size": 40,
+            "audio_pad_token": 33,
+            "audio_stop_token": 34,
+            "audio_spk_token": 35,
+            "audio_adapter_rank": 16,
+            "spk_emb_size": 12,
+            "audio_hidden_size": 32,
+            "image_hidden_size": 32,
+            "image_token_len": 4,
+            "max_position_embeddings": 512,
+            "audio_config": {
+                "model_type": "fun_asr_nano_encoder",
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "num_hidden_layers": 3,
+                "num_timestamp_prediction_layers": 1,
+                "max_position_embeddings": 65,
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 64,
+                "patch_size": 32,
+            },
+        }
+        return MiniMindOConfig(**{**settings, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """Makes toy models with reproducible random weights, in evaluation mode: `tiny_model(use_moe=False,
+    **overrides)`."""
+    from minimind_o_hf import MiniMindOForConditionalGeneration
+
+    def make(use_moe: bool = False, seed: int = 0, **overrides) -> MiniMindOForConditionalGeneration:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return MiniMindOForConditionalGeneration(tiny_config(use_moe, **overrides)).eval()
+
+    return make

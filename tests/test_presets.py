@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from minimind_o_hf.modeling import MiniMindOForConditionalGeneration
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 import minimind_o_hf  # noqa: F401  (registers the Auto classes)
-from minimind_o_hf.modeling import MiniMindOForConditionalGeneration
 from minimind_o_hf.presets import PRESETS, _released_configs, build_tokenizer, default_checkpoint, init_checkpoint
 
 

@@ -292,7 +292,7 @@ def test_sources_of_speech_and_pictures(processor, tmp_path):
         ({"audio": tmp_path / "a.wav"}, {"image": tmp_path / "a.png"}),
         ({"audio": data}, {"image": pixels}),
         ({"audio": torch.from_numpy(samples), "sampling_rate": 16000}, {"url": str(tmp_path / "a.png")}),
-        ({"audio": samples.tolist()}, {"image": np.asarray(picture())}),
+        ({"audio": samples.tolist()}, {"image": np.array(picture())}),
     ]:
         inputs = ready(processor, [user({"type": "audio", **sound}, {"type": "image", **look})])
         assert set(inputs) == set(expected)
@@ -396,6 +396,7 @@ def test_bad_conversations(processor, tmp_path):
     for conversation, error, message in [
         ([], ValueError, "no messages"),
         ([user(AUDIO)], ValueError, "type audio needs one of"),
+        ([user(clip(), "words")], ValueError, "must be a mapping with a `type`, got str"),
         ([user(IMAGE)], ValueError, "type image needs one of"),
         ([user({"type": "audio", "path": str(tmp_path / "no.wav")})], OSError, "no.wav"),
         ([user({"type": "image", "path": str(tmp_path / "no.png")})], OSError, "no.png"),
@@ -522,7 +523,7 @@ def test_decode_audio(processor, codec):
         for row, frames in ((0, 6), (1, 2)):
             expected = codec.decode(codes[row : row + 1, :, :frames]).audio_values[0, 0]
             assert expected.abs().max() > 0
-            torch.testing.assert_close(waveforms[row], expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(waveforms[row], expected, rtol=1e-4, atol=1e-5)
     assert not waveforms[0].requires_grad
     assert torch.equal(processor.decode_audio(codes)[0], waveforms[0])
     for nothing in (processor.decode_audio(codes, torch.zeros(3, 6)), processor.decode_audio(codes[..., :0])):
@@ -548,7 +549,7 @@ def test_bad_codes(processor, codes, mask, message):
 
 def test_without_a_codec(tokenizer):
     processor = MiniMindOProcessor(MiniMindOFeatureExtractor(), tokenizer, default_image_processor())
-    with pytest.raises(ValueError, match=r"no codec .* processor.audio_tokenizer = MimiModel"):
+    with pytest.raises(ValueError, match=r"no codec .* `processor.audio_tokenizer = MimiModel"):
         processor.decode_audio(random_codes(1, 8, 2))
 
 
@@ -736,7 +737,7 @@ def test_broken_files(processor, tmp_path):
         MiniMindOProcessor.from_pretrained(tmp_path)
     os.remove(tmp_path / "voices.safetensors")
     shutil.rmtree(tmp_path / "audio_tokenizer")
-    with pytest.raises(OSError, match="audio_tokenizer"):
+    with pytest.raises(OSError, match="cannot load the codec from audio_tokenizer in"):
         MiniMindOProcessor.from_pretrained(tmp_path)
 
 
@@ -748,7 +749,7 @@ def test_an_original_release_has_a_tokenizer_only(tokenizer, tmp_path, template_
     loaded = MiniMindOProcessor.from_pretrained(tmp_path)
     assert loaded.chat_template == CHAT_TEMPLATE
     assert loaded.feature_extractor.to_dict() == MiniMindOFeatureExtractor().to_dict()
-    assert loaded.image_processor.to_dict() | IMAGE_PROCESSOR_DEFAULTS == loaded.image_processor.to_dict()
+    assert loaded.image_processor.to_dict() == default_image_processor().to_dict()
     assert (loaded.audio_tokenizer, loaded.voices, loaded.image_token_len) == (None, {}, 64)
     inputs = ready(loaded, [user(clip(), image())])
     assert (inputs["input_ids"] == 12).sum() == 64
@@ -762,9 +763,11 @@ def test_released_tokenizer(shared_dir):
     inputs = ready(processor, [user(*content)])
     frames = inputs["input_features"].shape[1]
     ids = inputs["input_ids"][0].tolist()
-    newlines = [234, 234]
-    assert ids[3 : 3 + 1 + 2 + frames + 2 + 64] == [ids[3], *newlines, *[16] * frames, *newlines, *[12] * 64]
-    assert ids[-5:] == [25, 234, 234, 26, 234][-3:] + newlines or ids[-5:] == [25, *newlines, 26, *newlines][-5:]
+    start = ids.index(16)
+    assert ids[start - 3 :] == [
+        *(ids[start - 3], 234, 234, *[16] * frames, 234, 234, *[12] * 64, 2, 234),  # "?", speech, picture
+        *(1, *processor.tokenizer.encode("assistant"), 234, 25, 234, 234, 26, 234, 234),
+    ]
 
 
 def test_pictures_without_torchvision(processor):
@@ -810,4 +813,4 @@ print(type(processor.audio_tokenizer).__name__)
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert re.split(r"\s+", result.stdout.strip()) == ["transformers_modules", "9", "5", "MimiModel"]
+    assert re.split(r"\s+", result.stdout.strip()) == ["transformers_modules", "8", "5", "MimiModel"]

@@ -1,0 +1,195 @@
+"""`minimind-o chat`: one turn from options, or a conversation on a terminal."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor, TextStreamer, set_seed
+
+from .modeling import MiniMindOForConditionalGeneration
+from .presets import default_checkpoint
+from .processing import MiniMindOAnswer, MiniMindOProcessor
+
+HELP = """\
+Type a message, or one of:
+  /audio FILE    send speech with the next message     /image FILE   send a picture with it
+  /voice NAME    answer in another voice               /reset        forget the conversation
+  /send          send without typing anything          /quit         leave (also Ctrl-D)"""
+
+
+class TerminalStreamer(TextStreamer):
+    """Prints the answer's text as it is generated."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        # What a model writes must not steer the terminal it is printed on.
+        shown = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+        print(shown, end="\n" if stream_end else "", flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `minimind-o chat`."""
+    parser.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: an untrained nano)")
+    parser.add_argument("--text", metavar="T", help="what to say; with --audio or --image, said along with them")
+    parser.add_argument(
+        "--audio", metavar="FILE", action="append", default=[], help="speech to listen to (repeatable)"
+    )
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="picture to look at (repeatable)")
+    parser.add_argument("--system", metavar="S", help="system prompt")
+    parser.add_argument("--voice", metavar="NAME", help="voice of the checkpoint to answer in")
+    parser.add_argument(
+        "--out", metavar="WAV", default="reply.wav", help="where speech is written (default: %(default)s)"
+    )
+    parser.add_argument("--text-only", action="store_true", help="answer in text alone")
+    parser.add_argument("--think", action="store_true", help="let the model think before it answers")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
+    parser.add_argument("--seed", type=int, metavar="N", help="make the answers reproducible")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer, in steps of 80 ms")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
+
+
+def load(
+    model_id: str | None, device: str, dtype: str | None
+) -> tuple[MiniMindOForConditionalGeneration, MiniMindOProcessor]:
+    """
+    Loads a checkpoint's model and processor.
+
+    Args:
+        model_id (`str`, *optional*): Directory or Hub id; the untrained nano of the cache directory by default.
+        device (`str`), dtype (`str`, *optional*): Where and in which precision the model runs.
+    """
+    if model_id is None:
+        print(
+            "No --model given: using an untrained nano model. Its answers are noise, in text and in sound.",
+            file=sys.stderr,
+        )
+        model_id = str(default_checkpoint())
+    model = AutoModelForMultimodalLM.from_pretrained(model_id, dtype=dtype or "auto")
+    return model.to(device).eval(), AutoProcessor.from_pretrained(model_id)
+
+
+def message(text: str | None, audio: list[str], images: list[str]) -> dict:
+    """One user turn. The order is that of the training data: speech, text, pictures."""
+    content = [{"type": "audio", "path": path} for path in audio]
+    content += [{"type": "text", "text": text}] if text else []
+    content += [{"type": "image", "path": path} for path in images]
+    return {"role": "user", "content": content}
+
+
+def answer(
+    model: MiniMindOForConditionalGeneration,
+    processor: MiniMindOProcessor,
+    conversation: list[dict],
+    options: argparse.Namespace,
+    out: Path,
+) -> MiniMindOAnswer:
+    """Answers the last turn of `conversation`: prints the text as it comes, writes the speech, says how fast it "
+    "was."""
+    inputs = processor.apply_chat_template(
+        conversation,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        open_thinking=options.think,
+        voice=options.voice,
+        # A `<|im_end|>` that someone types is text, not the end of their turn.
+        sanitize_control_tokens=True,
+    ).to(model.device)
+    settings = {"do_sample": False} if options.greedy else {}
+    if options.max_new_tokens is not None:
+        settings["max_new_tokens"] = options.max_new_tokens
+    if options.text_only:
+        settings["generation_mode"] = "text"
+    streamer = TerminalStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    begin = time.perf_counter()
+    outputs = model.generate(**inputs, **settings, streamer=streamer, return_dict_in_generate=True)
+    if options.text_only:
+        result = processor.decode(outputs)[0]
+        tokens = outputs.sequences.shape[1] - outputs.prompt_length
+        print(f"{tokens} tokens in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+        return result
+    result = processor.decode(outputs)[0]
+    seconds = time.perf_counter() - begin
+    processor.save_audio(result.audio, out)
+    duration = len(result.audio) / result.sampling_rate
+    note = "" if duration else ", no complete frame: a short silence"
+    print(
+        f"{out}: {duration:.1f} s of speech{note}, made in {seconds:.1f} s ({duration / seconds:.2f}x real time)",
+        file=sys.stderr,
+    )
+    return result
+
+
+def converse(
+    model: MiniMindOForConditionalGeneration,
+    processor: MiniMindOProcessor,
+    options: argparse.Namespace,
+    read: Callable[[str], str] = input,
+) -> None:
+    """A conversation: reads lines until the end of input. Answer N's speech goes to `reply-N.wav`."""
+    start = [{"role": "system", "content": options.system}] if options.system else []
+    conversation, audio, images = list(start), list(options.audio), list(options.image)
+    out, turns = Path(options.out), 0
+    print(HELP)
+    while True:
+        try:
+            line = read("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, argument = line.partition(" ")
+        text = None
+        if command == "/quit":
+            return
+        if command == "/reset":
+            conversation, audio, images = list(start), [], []
+            continue
+        if command in ("/audio", "/image"):
+            (audio if command == "/audio" else images).append(argument.strip())
+            continue
+        if command == "/voice":
+            options.voice = argument.strip() or None
+            continue
+        if command != "/send":
+            text = line
+        if not (text or audio or images):
+            print(HELP)
+            continue
+        turn = message(text, audio, images)
+        turns += 1
+        try:
+            reply = answer(
+                model, processor, [*conversation, turn], options, out.with_name(f"{out.stem}-{turns}{out.suffix}")
+            )
+        except (ValueError, OSError) as error:
+            # A file that cannot be read should not end the conversation.
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            conversation += [turn, {"role": "assistant", "content": reply.text}]
+        audio, images = [], []
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs `minimind-o chat` with parsed options."""
+    if options.seed is not None:
+        set_seed(options.seed)
+    model, processor = load(options.model, options.device, options.dtype)
+    if options.text is None and not options.audio and not options.image:
+        converse(model, processor, options)
+        return
+    conversation = [{"role": "system", "content": options.system}] if options.system else []
+    answer(
+        model,
+        processor,
+        [*conversation, message(options.text, options.audio, options.image)],
+        options,
+        Path(options.out),
+    )
+
+
+__all__ = ["add_arguments", "run"]

@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser(
         "init",
         help="make an untrained checkpoint",
-        description="Make a complete, loadable, untrained checkpoint: model, encoders, codec, tokenizer and processor.",
+        description="Make a complete, untrained checkpoint: model, encoders, codec, tokenizer and processor.",
     )
     init.add_argument("preset", choices=["nano", "dense", "moe"], help="toy size, or one of the released sizes")
     init.add_argument("directory", type=Path, metavar="DIR")

@@ -18,6 +18,7 @@ from transformers import (
     AutoImageProcessor,
     FunAsrNanoEncoder,
     FunAsrNanoEncoderConfig,
+    GenerationConfig,
     MimiModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
@@ -390,7 +391,7 @@ def _check_loading(info: dict, source: PathLike) -> None:
 
 
 def _load_codec(source: PathLike, config: MiniMindOConfig) -> MimiModel:
-    source = os.fspath(source)
+    source = _local_directory(source, "the codec", ["*.json", "*.safetensors"])
     codec, info = MimiModel.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_loading(info, source)
     if codec.config.codebook_size != config.audio_codebook_size:
@@ -425,7 +426,7 @@ def _attach_audio_encoder(
 
 def _attach_vision_encoder(source: PathLike, config: MiniMindOConfig, state: dict[str, torch.Tensor]):
     """Put a SigLIP2 vision encoder into `config` and `state`; return its image processor."""
-    source = os.fspath(source)
+    source = _local_directory(source, "the vision encoder", ["*.json", "*.safetensors"])
     encoder, info = SiglipVisionModel.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
     _check_loading(info, source)
     config.vision_config = encoder.config
@@ -454,7 +455,6 @@ def _load_tokenizer(
     wanted = {
         config.audio_special_token: config.audio_token_id,
         config.image_special_token: config.image_token_id,
-        tokenizer.eos_token: config.eos_token_id,
     }
     for token, token_id in wanted.items():
         if (found := tokenizer.convert_tokens_to_ids(token)) != token_id:
@@ -521,8 +521,8 @@ def convert_checkpoint(
             config.validate()
         model = _build_model(state, config, dtype, source)
         if (folder / "generation_config.json").is_file():
-            # What it leaves open, the model fills in.
-            model.adjust_generation_fn(None, True, False, folder)
+            # What it leaves open stays as the model has it.
+            model.generation_config.update(**GenerationConfig.from_pretrained(folder).to_diff_dict())
         processor = MiniMindOProcessor(
             feature_extractor=feature_extractor,
             tokenizer=tokenizer,

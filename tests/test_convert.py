@@ -276,7 +276,7 @@ def test_am_mvn_is_read_exactly(sensevoice):
         (lambda text: text.replace("<Rescale>", "<Scale>"), "<Rescale>"),
         (
             lambda text: text.replace("<AddShift> 560 560", "<AddShift> 560 80"),
-            "promises 560 and 80 values and holds 560",
+            "560 and 80 values and holds 560",
         ),
         (lambda text: re.sub(r"0 \[ \S+", "0 [ nan", text), "not finite"),
         (lambda text: re.sub(r"0 \[ \S+", "0 [ one", text), "else than numbers"),
@@ -387,22 +387,26 @@ def test_the_released_tokenizer_gets_the_packages_chat_template(golden, shared_d
     assert rendered.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
+def _write_vision_encoder(directory, hidden_size):
+    config = SiglipVisionConfig(
+        image_size=64,
+        patch_size=32,
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    encoder = SiglipVisionModel(config)
+    encoder.save_pretrained(directory)
+    SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(directory)
+    return encoder
+
+
 @pytest.fixture
 def parts(sensevoice, tmp_path):
     """Stand-ins for SenseVoice, SigLIP2 and Mimi at toy size."""
     torch.manual_seed(3)
-    vision = SiglipVisionModel(
-        SiglipVisionConfig(
-            image_size=64,
-            patch_size=32,
-            hidden_size=48,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    )
-    vision.save_pretrained(tmp_path / "siglip")
-    SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "siglip")
+    vision = _write_vision_encoder(tmp_path / "siglip", hidden_size=48)
     codec = MimiModel(
         MimiConfig(
             num_filters=4,
@@ -439,11 +443,9 @@ def test_a_complete_directory_hears_sees_and_speaks(original, encoder, parts, tm
     assert _same(model.audio_tower.state_dict(), encoder.state_dict())
     assert _same(model.vision_tower.state_dict(), vision.state_dict())
     assert _same(processor.audio_tokenizer.state_dict(), codec.state_dict())
-    generator = torch.Generator().manual_seed(2)
-    assert torch.equal(torch.tensor(processor.feature_extractor.cmvn_shift), torch.randn(560, generator=generator))
-    assert torch.equal(
-        torch.tensor(processor.feature_extractor.cmvn_scale), torch.rand(560, generator=generator) + 0.1
-    )
+    front_end, generator = processor.feature_extractor, torch.Generator().manual_seed(2)
+    assert torch.equal(torch.tensor(front_end.cmvn_shift), torch.randn(560, generator=generator))
+    assert torch.equal(torch.tensor(front_end.cmvn_scale), torch.rand(560, generator=generator) + 0.1)
     assert processor.image_processor.size == {"height": 64, "width": 64}
     assert (processor.image_token_len, processor.audio_codebook_size, processor.audio_pad_code) == (4, 256, 257)
 
@@ -520,7 +522,7 @@ def test_export_is_float16_and_leaves_the_encoders_out(original, parts, tiny_den
     directory = convert_checkpoint(original, tmp_path / "complete", **parts[0])
     written = torch.load(export_original(directory, tmp_path / "omni.pth"), weights_only=True)
     assert _same(written, {name: tensor.half() for name, tensor in tiny_dense[1].items()})
-    assert {path.name for path in tmp_path.glob("*.tmp")} | {path.name for path in tmp_path.glob(".*")} == set()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_export_keeps_an_existing_file_unless_told(original, tmp_path):
@@ -561,7 +563,7 @@ def _refused(tmp_path, error, message, source, **kwargs):
     ("change", "message"),
     [
         (lambda state: state.pop("talker.codec_proj.0.bias"), "lacks.*talker.codec_proj.0.bias"),
-        (lambda state: state.pop("model.embed_tokens.weight"), "lacks the tensor model.embed_tokens.weight"),
+        (lambda state: state.pop("model.embed_tokens.weight"), "lacks.*model.embed_tokens.weight"),
         (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight"),
         (lambda state: state.update({"talker.extra": torch.zeros(2)}), r"1 unknown tensors \(talker.extra\)"),
         (lambda state: state.update({"model.norm.weight": torch.zeros(3)}), r"model.norm.weight \[3\] for \[64\]"),
@@ -637,8 +639,8 @@ def test_what_is_missing_is_said(original, sensevoice, tmp_path):
     (sensevoice / "am.mvn").unlink()
     _refused(tmp_path, OSError, "am.mvn", original, audio_encoder=sensevoice)
     _refused(tmp_path, OSError, "the audio encoder", original, audio_encoder=tmp_path / "nowhere")
-    _refused(tmp_path, OSError, "", original, vision_encoder=tmp_path / "nowhere")
-    _refused(tmp_path, OSError, "", original, codec=tmp_path / "nowhere")
+    _refused(tmp_path, OSError, "the vision encoder.*nowhere", original, vision_encoder=tmp_path / "nowhere")
+    _refused(tmp_path, OSError, "the codec.*nowhere", original, codec=tmp_path / "nowhere")
     (original / "tokenizer.json").unlink()
     _refused(tmp_path, ValueError, "tokenizer", original)
     (original / "pytorch_model.bin").unlink()
@@ -689,25 +691,9 @@ def test_a_codec_that_does_not_fit_is_refused(original, parts, sizes, message, t
 
 
 def test_an_encoder_of_another_width_is_refused(original, tmp_path):
-    vision = SiglipVisionModel(
-        SiglipVisionConfig(
-            image_size=64,
-            patch_size=32,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-        )
-    )
-    vision.save_pretrained(tmp_path / "siglip")
-    SiglipImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "siglip")
-    _refused(
-        tmp_path,
-        ValueError,
-        r"\(32\) must equal `image_hidden_size` \(48\)",
-        original,
-        vision_encoder=tmp_path / "siglip",
-    )
+    _write_vision_encoder(tmp_path / "siglip", hidden_size=32)
+    message = r"\(32\) must equal `image_hidden_size` \(48\)"
+    _refused(tmp_path, ValueError, message, original, vision_encoder=tmp_path / "siglip")
 
 
 def test_an_existing_directory_is_untouched(original, tmp_path):

@@ -16,9 +16,13 @@ def test_a_directory_appears_when_it_is_complete(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_directory_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), new_directory(tmp_path / "made") as temporary:
-        (temporary / "half").touch()
-        raise error
+    def interrupted():
+        with new_directory(tmp_path / "made") as temporary:
+            (temporary / "half").touch()
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -63,19 +67,28 @@ def test_a_failed_overwrite_keeps_the_old_checkpoint(tmp_path):
 
 
 def test_a_directory_that_another_process_makes_meanwhile_wins(tmp_path):
-    with pytest.raises(FileExistsError), new_directory(tmp_path / "made") as temporary:
-        (temporary / "ours").touch()
-        (tmp_path / "made").mkdir()
-        (tmp_path / "made" / "theirs").touch()
+    def overtaken():
+        with new_directory(tmp_path / "made") as temporary:
+            (temporary / "ours").touch()
+            (tmp_path / "made").mkdir()
+            (tmp_path / "made" / "theirs").touch()
+
+    with pytest.raises(FileExistsError):
+        overtaken()
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "theirs"]
 
 
 def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_text("old", encoding="utf-8")
-    with pytest.raises(RuntimeError), new_file(path) as temporary:
-        temporary.write_text("half", encoding="utf-8")
-        raise RuntimeError
+
+    def interrupted():
+        with new_file(path) as temporary:
+            temporary.write_text("half", encoding="utf-8")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert path.read_text(encoding="utf-8") == "old"
     with new_file(path) as temporary:
         temporary.write_text("new", encoding="utf-8")

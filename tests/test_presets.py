@@ -254,7 +254,7 @@ def test_the_default_checkpoint_is_made_once_by_any_number_of_processes(tmp_path
     found = {process.communicate()[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     monkeypatch.setenv("MINIMIND_O_CACHE", str(tmp_path / "cache"))
-    made = [path for path in (tmp_path / "cache").iterdir()]
+    made = list((tmp_path / "cache").iterdir())
     before = made[0].stat().st_mtime_ns
     assert found == {str(default_checkpoint())} == {str(path) for path in made}
     assert made[0].stat().st_mtime_ns == before

@@ -45,7 +45,7 @@ setup(
         "safetensors>=0.4.3",
         "huggingface_hub>=1.0",
         "tokenizers>=0.23.1",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "numpy>=1.26",
         "soundfile>=0.12.1",
         "pillow>=10",

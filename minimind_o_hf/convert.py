@@ -20,6 +20,7 @@ from transformers import (
     FunAsrNanoEncoderConfig,
     GenerationConfig,
     MimiModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionModel,
@@ -372,6 +373,8 @@ def _build_model(
         skeleton = MiniMindOForConditionalGeneration(config)
         wanted = revert_weight_conversion(skeleton, skeleton.state_dict())
     _check_tensors(state, wanted, path, optional=("lm_head.weight",) if config.tie_word_embeddings else ())
+    if odd := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{path} cannot be converted: {_some(odd)} are no floats.")
     embedding = state["model.embed_tokens.weight"]
     if config.tie_word_embeddings and not torch.equal(state.get("lm_head.weight", embedding), embedding):
         raise ValueError(f"{path}: lm_head.weight and model.embed_tokens.weight are tied, but differ.")
@@ -380,20 +383,26 @@ def _build_model(
     )
 
 
-def _check_loading(info: dict, source: PathLike) -> None:
-    # What a part holds beyond our needs, such as a whole SigLIP's text half, is no concern of ours.
+def _load_part(model_class: type[PreTrainedModel], source: Path) -> PreTrainedModel:
+    """Load a frozen part whole. What it holds beyond our needs, such as SigLIP's text half, does not matter."""
+    try:
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise OSError(f"The weights in {source} are truncated or damaged: {error}") from error
     missing, mismatched = info["missing_keys"], [name for name, *_ in info["mismatched_keys"]]
     if missing or mismatched:
         raise ValueError(
             f"{source} cannot be used: it lacks {len(missing)} tensors ({_some(missing)}), and {len(mismatched)} have "
             f"shapes that its configuration does not have ({_some(mismatched)})."
         )
+    return model
 
 
 def _load_codec(source: PathLike, config: MiniMindOConfig) -> MimiModel:
     source = _local_directory(source, "the codec", ["*.json", "*.safetensors"])
-    codec, info = MimiModel.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
-    _check_loading(info, source)
+    codec = _load_part(MimiModel, source)
     if codec.config.codebook_size != config.audio_codebook_size:
         raise ValueError(
             f"The codec of {source} has codebooks of {codec.config.codebook_size} codes, the checkpoint expects "
@@ -427,8 +436,7 @@ def _attach_audio_encoder(
 def _attach_vision_encoder(source: PathLike, config: MiniMindOConfig, state: dict[str, torch.Tensor]):
     """Put a SigLIP2 vision encoder into `config` and `state`; return its image processor."""
     source = _local_directory(source, "the vision encoder", ["*.json", "*.safetensors"])
-    encoder, info = SiglipVisionModel.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True)
-    _check_loading(info, source)
+    encoder = _load_part(SiglipVisionModel, source)
     config.vision_config = encoder.config
     _replace_tower(state, "vision_tower.", encoder)
     return AutoImageProcessor.from_pretrained(source)
@@ -448,18 +456,21 @@ def _load_tokenizer(
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} holds no tokenizer.json: say where the checkpoint's is (`tokenizer`).")
         tokenizer = folder
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"The tokenizer has {len(tokenizer)} entries, more than `vocab_size` ({config.vocab_size}).")
+    loaded = (
+        tokenizer
+        if isinstance(tokenizer, PreTrainedTokenizerBase)
+        else PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    )
+    if len(loaded) > config.vocab_size:
+        raise ValueError(f"The tokenizer has {len(loaded)} entries, more than `vocab_size` ({config.vocab_size}).")
     wanted = {
         config.audio_special_token: config.audio_token_id,
         config.image_special_token: config.image_token_id,
     }
     for token, token_id in wanted.items():
-        if (found := tokenizer.convert_tokens_to_ids(token)) != token_id:
+        if (found := loaded.convert_tokens_to_ids(token)) != token_id:
             raise ValueError(f"The tokenizer is another's: its id of {token!r} is {found}, the model's {token_id}.")
-    return tokenizer
+    return loaded
 
 
 def convert_checkpoint(
@@ -506,7 +517,9 @@ def convert_checkpoint(
     with new_directory(target, overwrite) as temporary:
         state, config, folder = _read_source(source)
         tokenizer = _load_tokenizer(tokenizer, folder, config)
-        is_complete = (folder / "processor_config.json").is_file()
+        # What lies beside a bare state dict is not its own, but for the tokenizer.
+        is_bare = Path(source).expanduser().is_file()
+        is_complete = not is_bare and (folder / "processor_config.json").is_file()
         parts = MiniMindOProcessor.from_pretrained(folder) if is_complete else None
         feature_extractor = parts.feature_extractor if parts else MiniMindOFeatureExtractor()
         image_processor = parts.image_processor if parts else SiglipImageProcessorPil(**IMAGE_PROCESSOR_DEFAULTS)
@@ -515,12 +528,14 @@ def convert_checkpoint(
             feature_extractor = _attach_audio_encoder(audio_encoder, config, state)
         if vision_encoder is not None:
             image_processor = _attach_vision_encoder(vision_encoder, config, state)
+            if is_bare:
+                config.image_token_len = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         if codec is not None:
             audio_tokenizer = _load_codec(codec, config)
         with _config_errors(source):
             config.validate()
         model = _build_model(state, config, dtype, source)
-        if (folder / "generation_config.json").is_file():
+        if not is_bare and (folder / "generation_config.json").is_file():
             # What it leaves open stays as the model has it.
             model.generation_config.update(**GenerationConfig.from_pretrained(folder).to_diff_dict())
         processor = MiniMindOProcessor(

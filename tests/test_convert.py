@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForMultimodalLM,
@@ -460,6 +461,31 @@ def test_a_complete_directory_hears_sees_and_speaks(original, encoder, parts, tm
     assert processor.decode(output)[0].audio.isfinite().all()
 
 
+def test_a_bare_state_dict_takes_the_vision_encoders_picture_length(original, parts, tmp_path):
+    source = original / "pytorch_model.bin"
+    directory = convert_checkpoint(source, tmp_path / "made", vision_encoder=parts[0]["vision_encoder"])
+    assert AutoModelForMultimodalLM.from_pretrained(directory).config.image_token_len == 4
+    assert AutoProcessor.from_pretrained(directory).image_token_len == 4
+
+
+def test_hub_ids_are_downloaded(original, parts, encoder, tmp_path, monkeypatch):
+    # A real download cache, read offline.
+    cache, revision = tmp_path / "hub", "0" * 40
+    arguments = {"source": original, **parts[0]}
+    for name, folder in arguments.items():
+        repository = cache / f"models--owner--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(revision, encoding="utf-8")
+        (repository / "snapshots").mkdir()
+        os.rename(folder, repository / "snapshots" / revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    ids = {name: f"owner/{name}" for name in parts[0]}
+    directory = convert_checkpoint("owner/source", tmp_path / "complete", **ids)
+    assert _same(AutoModelForMultimodalLM.from_pretrained(directory).audio_tower.state_dict(), encoder.state_dict())
+    _refused(tmp_path, OSError, "owner/nothing does not exist here and cannot be downloaded", "owner/nothing")
+
+
 def test_parts_can_be_attached_one_after_the_other(original, parts, encoder, tmp_path):
     arguments, (vision, _) = parts
     first = convert_checkpoint(original, tmp_path / "first", codec=arguments["codec"])
@@ -568,6 +594,7 @@ def _refused(tmp_path, error, message, source, **kwargs):
         (lambda state: state.update({"talker.extra": torch.zeros(2)}), r"1 unknown tensors \(talker.extra\)"),
         (lambda state: state.update({"model.norm.weight": torch.zeros(3)}), r"model.norm.weight \[3\] for \[64\]"),
         (lambda state: state.update({"lm_head.weight": torch.zeros(1024, 64)}), "tied, but differ"),
+        (lambda state: state.update({"talker.norm.weight": torch.ones(32, dtype=torch.long)}), "no floats"),
         (lambda state: state.clear(), "holds no tensors"),
     ],
 )
@@ -613,7 +640,7 @@ def test_pickled_objects_are_not_loaded(original, sensevoice, tmp_path):
     _refused(tmp_path, ValueError, "pickled objects", original / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickled objects"):
         load_sensevoice_encoder(sensevoice)
-    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"x": _Malicious(canary)}))
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"x": _Malicious(canary)}, protocol=2))
     _refused(tmp_path, (ValueError, OSError), "bare.pth", tmp_path / "bare.pth")
     assert not canary.exists()
 
@@ -679,6 +706,15 @@ def test_a_shard_outside_the_directory_is_refused(tiny_dense, tmp_path):
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}}), encoding="utf-8")
     _refused(tmp_path, ValueError, "outside its directory", source)
+
+
+@pytest.mark.parametrize("part", ["vision_encoder", "codec"])
+def test_a_truncated_part_is_refused(original, parts, part, tmp_path):
+    path = next((tmp_path / {"vision_encoder": "siglip", "codec": "mimi"}[part]).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1000])
+    _refused(tmp_path, OSError, "truncated or damaged", original, **{part: parts[0][part]})
+    save_file({"strange": torch.zeros(2)}, path, metadata={"format": "pt"})
+    _refused(tmp_path, ValueError, "it lacks", original, **{part: parts[0][part]})
 
 
 @pytest.mark.parametrize(

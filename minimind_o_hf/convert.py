@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,7 +21,6 @@ from transformers import (
     FunAsrNanoEncoderConfig,
     GenerationConfig,
     MimiModel,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionModel,
@@ -71,7 +71,7 @@ def _local_directory(source: PathLike, what: str, patterns: list[str]) -> Path:
         raise OSError(f"{what}: {source} does not exist here and cannot be downloaded: {error}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path) -> dict[str, Any]:
     """Read a state dict from a safetensors or a PyTorch file, on the CPU; nothing is unpickled but tensors.
 
     Raises:
@@ -383,7 +383,7 @@ def _build_model(
     )
 
 
-def _load_part(model_class: type[PreTrainedModel], source: Path) -> PreTrainedModel:
+def _load_part(model_class: Any, source: Path) -> Any:
     """Load a frozen part whole. What it holds beyond our needs, such as SigLIP's text half, does not matter."""
     try:
         model, info = model_class.from_pretrained(

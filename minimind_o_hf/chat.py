@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor, TextStreamer, set_seed
@@ -88,9 +89,8 @@ def answer(
     options: argparse.Namespace,
     out: Path,
 ) -> MiniMindOAnswer:
-    """Answers the last turn of `conversation`: prints the text as it comes, writes the speech, says how fast it "
-    "was."""
-    inputs = processor.apply_chat_template(
+    """Answers the conversation's last turn: prints the text as it comes, writes the speech, says how fast it was."""
+    inputs: Any = processor.apply_chat_template(
         conversation,
         tokenize=True,
         return_dict=True,
@@ -99,22 +99,23 @@ def answer(
         voice=options.voice,
         # A `<|im_end|>` that someone types is text, not the end of their turn.
         sanitize_control_tokens=True,
-    ).to(model.device)
-    settings = {"do_sample": False} if options.greedy else {}
+    )
+    settings: dict[str, Any] = {"do_sample": False} if options.greedy else {}
     if options.max_new_tokens is not None:
         settings["max_new_tokens"] = options.max_new_tokens
     if options.text_only:
         settings["generation_mode"] = "text"
     streamer = TerminalStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     begin = time.perf_counter()
-    outputs = model.generate(**inputs, **settings, streamer=streamer, return_dict_in_generate=True)
-    if options.text_only:
-        result = processor.decode(outputs)[0]
-        tokens = outputs.sequences.shape[1] - outputs.prompt_length
-        print(f"{tokens} tokens in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
-        return result
+    outputs: Any = model.generate(
+        **inputs.to(model.device), **settings, streamer=streamer, return_dict_in_generate=True
+    )
     result = processor.decode(outputs)[0]
     seconds = time.perf_counter() - begin
+    if result.audio is None:
+        tokens = outputs.sequences.shape[1] - outputs.prompt_length
+        print(f"{tokens} tokens in {seconds:.1f} s", file=sys.stderr)
+        return result
     processor.save_audio(result.audio, out)
     duration = len(result.audio) / result.sampling_rate
     note = "" if duration else ", no complete frame: a short silence"

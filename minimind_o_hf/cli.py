@@ -109,11 +109,11 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     try:
         _run(options)
-    except (ValueError, OSError) as error:
-        print(f"minimind-o: error: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"minimind-o: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

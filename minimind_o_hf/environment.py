@@ -6,6 +6,7 @@ torchaudio and torchvision hold compiled code for one build of torch. Where one 
 """
 
 import sys
+from collections.abc import MutableSequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +37,7 @@ def check_torch_pair() -> None:
             raise ImportError(_explain(name, error, installed), name=name) from error
 
 
-def locate_subpackages(package_path: list[str]) -> None:
+def locate_subpackages(package_path: MutableSequence[str]) -> None:
     """Lets `minimind_o_hf.modeling` and `.processing` be found where the package is imported from its repository.
 
     There the two folders stand beside `minimind_o_hf/`, not in it. Python started in the repository's root takes the

@@ -209,7 +209,8 @@ def _build_codec(config: MimiConfig) -> MimiModel:
     # Untuned it gives samples beyond 10 around an offset: bring a second of it to mean 0 and an RMS of 0.05.
     codes = torch.randint(config.codebook_size, (1, config.num_quantizers, 13))
     sound: Any = codec.decode(codes).audio_values
-    last: Any = codec.get_submodule("decoder.decoder_seanet.layers.-1.conv")
+    layers: Any = codec.get_submodule("decoder.decoder_seanet.layers")
+    last = layers[-1].conv
     gain = 0.05 / sound.std()
     last.weight.mul_(gain)
     last.bias.sub_(sound.mean()).mul_(gain)

@@ -74,7 +74,9 @@ def _run(options: argparse.Namespace) -> None:
         for name in ("audio_encoder", "vision_encoder", "codec", "tokenizer"):
             if getattr(options, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no place in an original state dict: leave it out.")
-        made = export_original(options.source, options.directory, dtype=dtype or torch.float16)
+        made = export_original(
+            options.source, options.directory, dtype=dtype or torch.float16, overwrite=options.overwrite
+        )
     else:
         from .convert import convert_checkpoint
 

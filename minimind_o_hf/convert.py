@@ -175,6 +175,8 @@ def load_sensevoice_encoder(path: PathLike, num_attention_heads: int = 4) -> Fun
     # The three parts run one after the other; each of the last two ends with a norm.
     part_of = re.compile(r"(encoders0|encoders|tp_encoders)\.(\d+)\.(.+)")
     sizes = {part: _count(state, part, path) for part in ("encoders0", "encoders", "tp_encoders")}
+    if absent := [f"{prefix}{part}" for part, count in sizes.items() if not count]:
+        raise ValueError(f"{path} lacks the layers {_some(absent)}.")
     starts = {"encoders0": 0, "encoders": sizes["encoders0"], "tp_encoders": sizes["encoders0"] + sizes["encoders"]}
     num_layers = sum(sizes.values())
 
@@ -341,7 +343,7 @@ def _infer_config(state: dict[str, torch.Tensor], path: Path) -> MiniMindOConfig
     audio_vocab_size, talker_hidden_size = shape("talker.embed_tokens.base.weight", 2)
     # 64 rows are for specials: 2,112 = 2,048 + 64 in the release.
     codebook_size = audio_vocab_size - (MiniMindOConfig().audio_vocab_size - MiniMindOConfig().audio_codebook_size)
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=_count(state, "model.layers", path),
@@ -520,7 +522,7 @@ def convert_checkpoint(
         # What lies beside a bare state dict is not its own, but for the tokenizer.
         is_bare = Path(source).expanduser().is_file()
         is_complete = not is_bare and (folder / "processor_config.json").is_file()
-        parts = MiniMindOProcessor.from_pretrained(folder) if is_complete else None
+        parts: Any = MiniMindOProcessor.from_pretrained(folder) if is_complete else None
         feature_extractor = parts.feature_extractor if parts else MiniMindOFeatureExtractor()
         image_processor = parts.image_processor if parts else SiglipImageProcessorPil(**IMAGE_PROCESSOR_DEFAULTS)
         audio_tokenizer = parts.audio_tokenizer if parts else None
@@ -529,7 +531,8 @@ def convert_checkpoint(
         if vision_encoder is not None:
             image_processor = _attach_vision_encoder(vision_encoder, config, state)
             if is_bare:
-                config.image_token_len = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+                vision: Any = config.vision_config
+                config.image_token_len = (vision.image_size // vision.patch_size) ** 2
         if codec is not None:
             audio_tokenizer = _load_codec(codec, config)
         with _config_errors(source):

@@ -223,7 +223,7 @@ def _build_model(preset: str, config: MiniMindOConfig) -> MiniMindOForConditiona
     if preset == "nano":
         # One row in nine of this small head is a stop or another special: drawn at random, all speech would end in its
         # first frame. A score of 0 is never among the 50 best, so nano speaks for as long as it may.
-        head = model.talker.lm_head
+        head: Any = model.talker.lm_head
         for weight in (head.base.weight, *(adapter[-1].weight for adapter in head.adapters)):
             weight[config.audio_codebook_size :] = 0
     return model
@@ -274,7 +274,7 @@ def init_checkpoint(
     with new_directory(target, overwrite) as temporary, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         config, codec_config = _CONFIGS[preset]()
-        model = _build_model(preset, config)
+        model: Any = _build_model(preset, config)
         codec = _build_codec(codec_config)
         voices = _build_voices(config)
         processor = MiniMindOProcessor(
@@ -290,7 +290,7 @@ def init_checkpoint(
             speaker_embedding_size=config.spk_emb_size,
         )
         own = sum(p.numel() for name, p in model.named_parameters() if "_tower." not in name)
-        model.to(dtype or (torch.float32 if preset == "nano" else torch.bfloat16)).save_pretrained(temporary)
+        model.to(dtype=dtype or (torch.float32 if preset == "nano" else torch.bfloat16)).save_pretrained(temporary)
         processor.save_pretrained(temporary)
         card = _MODEL_CARD.format(preset=preset, seed=seed, millions=own / 1e6, voices="`, `".join(voices))
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -6,6 +6,7 @@ names are the original release's tensor names.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -162,6 +163,11 @@ class MiniMindOPreTrainedModel(PreTrainedModel):
         "hidden_states": [Qwen3DecoderLayer, Qwen3MoeDecoderLayer],
         "attentions": [Qwen3Attention, Qwen3MoeAttention],
     }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the experts' decorator in the source of the class; ours are imported.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -534,7 +540,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         **kwargs,
-    ):
+    ) -> Any:
         r"""
         As [`PreTrainedModel.from_pretrained`], but a checkpoint that is damaged or does not hold every tensor is
         refused instead of being filled up with random weights, and a float16 checkpoint is loaded in float32 unless

@@ -252,6 +252,11 @@ def test_sensevoice_equals_the_reference(golden, tmp_path):
             "three equal parts",
         ),
         (lambda state: [state.pop(name) for name in list(state) if name.startswith("encoder.")], "starts with"),
+        (
+            lambda state: [state.pop(name) for name in list(state) if "tp_encoders" in name],
+            "lacks.*encoder.tp_encoders",
+        ),
+        (lambda state: [state.pop(name) for name in list(state) if ".encoders.0." in name], "lacks encoders.0"),
     ],
 )
 def test_sensevoice_tensors_that_do_not_fit_are_named(encoder, change, message, tmp_path):

@@ -231,6 +231,6 @@ def test_init_and_convert_there_and_back(tmp_path, capsys):
 
 def test_installed_command():
     done = subprocess.run(
-        [sys.executable, "-m", "minimind_o_hf.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "minimind_o_hf", "--help"], capture_output=True, text=True, check=True
     )
     assert all(command in done.stdout for command in ("chat", "init", "convert"))

@@ -1,6 +1,7 @@
 """Configuration of MiniMind-O: the original's flat `config.json`, plus what an encoder-carrying checkpoint needs."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -187,6 +188,14 @@ class MiniMindOConfig(PreTrainedConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if not isinstance(config_dict, dict):
+            raise ValueError(
+                f"A config.json must hold an object, got {type(config_dict).__name__}: {config_dict!r:.80}."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def audio_token_id(self) -> int:

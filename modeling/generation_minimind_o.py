@@ -285,7 +285,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
     ) -> dict[str, torch.Tensor | None]:
         config = self.config
         if reference_codes is not None:
-            self._check_codes("reference_codes", reference_codes, 0, (batch_size, config.num_codebooks, None), False)
+            shape = (batch_size, config.num_codebooks, None)
+            self._check_codes("reference_codes", reference_codes, shape, check_values=False)
             is_pad = reference_codes == config.audio_pad_token
             is_code = (reference_codes >= 0) & (reference_codes < config.audio_codebook_size)
             started = (~is_pad.all(dim=1)).long().cumsum(dim=-1) > 0

@@ -6,6 +6,7 @@ names are the original release's tensor names.
 
 import math
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -178,9 +180,6 @@ class MiniMindOPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, Qwen3MoeTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, MiniMindOProjector):
-            for layer in module.mlp:
-                _init_as_pytorch(layer)
 
 
 class MiniMindOStack(MiniMindOPreTrainedModel):
@@ -221,6 +220,9 @@ class MiniMindOStack(MiniMindOPreTrainedModel):
             position_ids=position_ids,
             # The Talker runs after the Thinker's layers of the same cache have grown.
             layer_idx=self.first_cache_layer,
+            # In a decoding step, looking into the mask whether it hides anything would make the host wait for the
+            # device (`generate` passes none where it does not).
+            allow_is_causal_skip=attention_mask is None or hidden_states.shape[1] > 1,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         bridge_hidden_state = None
@@ -440,6 +442,24 @@ class MiniMindOProjector(nn.Module):
         return self.mlp(hidden_states.to(self.mlp[1].weight.dtype))
 
 
+def _grad_where_trained(tower: PreTrainedModel) -> torch.set_grad_enabled:
+    """A frozen encoder keeps no activations."""
+    is_trained = any(parameter.requires_grad for parameter in tower.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and is_trained)
+
+
+def _check_integers(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]):
+    """Refuses a tensor that holds no integers or has another shape (`None`: any size)."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"`{name}` must hold integers, got {tensor.dtype}.")
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = tuple("any" if size is None else size for size in shape)
+        raise ValueError(f"`{name}` must have the shape {wanted}, got {tuple(tensor.shape)}.")
+
+
 def _text_loss(
     logits: torch.Tensor, labels: torch.LongTensor, num_items: torch.Tensor | int | None
 ) -> torch.FloatTensor:
@@ -513,15 +533,42 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         self.talker = MiniMindOTalkerModel(config)
         self.audio_proj = MiniMindOProjector(config.audio_hidden_size, config.hidden_size)
         self.vision_proj = MiniMindOProjector(config.image_hidden_size, config.hidden_size)
-        self.audio_tower = AutoModel.from_config(config.audio_config) if config.audio_config is not None else None
-        self.vision_tower = AutoModel.from_config(config.vision_config) if config.vision_config is not None else None
-        for tower in self._towers():
-            tower.requires_grad_(False)
+        self.audio_tower = self._build_tower(config.audio_config)
+        self.vision_tower = self._build_tower(config.vision_config)
+        self.freeze_encoders()
         self.post_init()
         self._fill_generation_defaults()
 
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # The stacks and the encoders initialise themselves; what is left are the head and the projectors.
+        if module is not self.lm_head:
+            _init_as_pytorch(module)
+
+    @staticmethod
+    def _build_tower(config: PreTrainedConfig | None) -> PreTrainedModel | None:
+        if config is None:
+            return None
+        if config._attn_implementation == "flex_attention":
+            config._attn_implementation = "sdpa"  # the speech encoder has no flex attention, and no use for it
+        return AutoModel.from_config(config)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False):
+        """As [`PreTrainedModel.set_attn_implementation`]; flex attention is for the stacks, encoders keep theirs."""
+        if attn_implementation == "flex_attention":
+            encoders = {name: getattr(self.config, name) for name in self.config.sub_configs}
+            kept = {name: config._attn_implementation for name, config in encoders.items() if config is not None}
+            attn_implementation = {"": attn_implementation, **kept}
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
     def _towers(self) -> list[PreTrainedModel]:
         return [tower for tower in (self.audio_tower, self.vision_tower) if tower is not None]
+
+    def freeze_encoders(self):
+        """Freezes the speech and the vision encoder, which is how a model starts and is loaded."""
+        for tower in self._towers():
+            tower.requires_grad_(False)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -564,10 +611,21 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 output_loading_info=True,
                 **kwargs,
             )
-        except (SafetensorError, EOFError) as error:
+        except (SafetensorError, EOFError, UnpicklingError, RuntimeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if "automatic conversion of the weights" in reason:
+                raise ValueError(
+                    f"The experts of '{pretrained_model_name_or_path}' do not fit together, tensors are missing or "
+                    f"have another shape ({reason})."
+                ) from error
+            # torch.load has no error class of its own; others, out of memory among them, are none of this.
+            if isinstance(error, RuntimeError) and not any(
+                sign in reason for sign in ("PytorchStreamReader", "mmap can only be used")
+            ):
+                raise
             raise OSError(
                 f"The weights of '{pretrained_model_name_or_path}' cannot be read, the file is damaged or incomplete "
-                f"({error}). Download or convert the checkpoint again."
+                f"({reason}). Download or convert the checkpoint again."
             ) from error
         missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
         if mismatched and not ignore_mismatched_sizes:
@@ -600,6 +658,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 **{**kwargs, "dtype": torch.float32},
             )
         model._fill_generation_defaults()
+        model.freeze_encoders()  # loading replaces the parameters
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -629,17 +688,31 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 "This checkpoint has no speech encoder. Attach one: `minimind-o convert CHECKPOINT DIR "
                 "--audio-encoder SENSEVOICE`, or pass its outputs as `audio_hidden_states`."
             )
-        if input_features_mask is None:
-            input_features_mask = torch.ones(input_features.shape[:2], dtype=torch.long, device=input_features.device)
-        limit = self.config.audio_config.max_position_embeddings - 1
+        config = self.config.audio_config
+        if input_features.dim() != 3 or input_features.shape[-1] != config.input_size:
+            raise ValueError(
+                f"`input_features` must have the shape (clips, frames, {config.input_size}), got "
+                f"{tuple(input_features.shape)}."
+            )
+        limit = config.max_position_embeddings - 1
         if input_features.shape[1] > limit:
             raise ValueError(
                 f"A clip of {input_features.shape[1]} frames is longer than the encoder's {limit}: cut it."
             )
-        with torch.set_grad_enabled(
-            torch.is_grad_enabled() and self.audio_tower.layers[0].mlp.fc1.weight.requires_grad
-        ):
-            return self.audio_tower(input_features, input_features_mask=input_features_mask).last_hidden_state
+        mask = self._frame_mask(input_features, input_features_mask)
+        with _grad_where_trained(self.audio_tower):
+            return self.audio_tower(input_features, input_features_mask=mask.long()).last_hidden_state
+
+    @staticmethod
+    def _frame_mask(clips: torch.Tensor, input_features_mask: torch.Tensor | None) -> torch.BoolTensor:
+        if input_features_mask is None:
+            return torch.ones(clips.shape[:2], dtype=torch.bool, device=clips.device)
+        if input_features_mask.shape != clips.shape[:2]:
+            raise ValueError(
+                f"`input_features_mask` must have the shape {tuple(clips.shape[:2])}, got "
+                f"{tuple(input_features_mask.shape)}."
+            )
+        return input_features_mask.to(clips.device).bool()
 
     def get_image_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """
@@ -659,9 +732,15 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 "This checkpoint has no vision encoder. Attach one: `minimind-o convert CHECKPOINT DIR "
                 "--vision-encoder SIGLIP2`, or pass its outputs as `image_hidden_states`."
             )
-        tower = self.vision_tower
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
-            return tower(pixel_values.to(tower.dtype)).last_hidden_state
+        config = self.config.vision_config
+        shape = (config.num_channels, config.image_size, config.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != shape:
+            raise ValueError(
+                f"`pixel_values` must have the shape (pictures, {', '.join(map(str, shape))}), got "
+                f"{tuple(pixel_values.shape)}."
+            )
+        with _grad_where_trained(self.vision_tower):
+            return self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state
 
     def _merge_features(
         self,
@@ -709,21 +788,19 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         return (inputs_embeds == placeholder).all(-1)
 
     def _check_codes(
-        self, name: str, codes: torch.Tensor, low: int, shape: tuple[int | None, ...], check_values: bool
+        self,
+        name: str,
+        codes: torch.Tensor,
+        shape: tuple[int | None, ...],
+        ignored: int = 0,
+        check_values: bool = True,
     ):
-        """Refuses codes or labels of another shape or type, or outside `[low, audio_vocab_size)` (-100 is a
-        label's)."""
-        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-            raise ValueError(f"`{name}` must hold integers, got {codes.dtype}.")
-        if codes.dim() != len(shape) or any(
-            want not in (None, have) for want, have in zip(shape, codes.shape, strict=True)
-        ):
-            wanted = tuple("any" if size is None else size for size in shape)
-            raise ValueError(f"`{name}` must have the shape {wanted}, got {tuple(codes.shape)}.")
+        """Refuses codes of another type or shape, or outside `[0, audio_vocab_size)` and not `ignored`."""
+        _check_integers(name, codes, shape)
         if check_values and codes.numel():
             size = self.config.audio_vocab_size
             torch_compilable_check(
-                ((codes >= low) & (codes < size) | (codes == low)).all(),
+                ((codes >= 0) & (codes < size) | (codes == ignored)).all(),
                 lambda: (
                     f"`{name}` must hold codes from 0 to {size - 1}, got values from {int(codes.min())} to "
                     f"{int(codes.max())}."
@@ -804,7 +881,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if inputs_embeds is None:
+        if input_ids is not None:
+            _check_integers("input_ids", input_ids, (None, None))
             inputs_embeds = self.get_input_embeddings()(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
         # A decoding step is one position after a filled cache: its inputs are the model's own, and checks would make
@@ -819,7 +897,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         if use_cache is None:
             use_cache = self.config.use_cache and not (self.training and self.model.gradient_checkpointing)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = DynamicCache()
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length).unsqueeze(0)
@@ -842,7 +920,10 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 shape = (batch_size, self.config.num_codebooks, length)
                 audio_codes = torch.full(shape, self.config.audio_pad_token, device=inputs_embeds.device)
             self._check_codes(
-                "audio_codes", audio_codes, 0, (batch_size, self.config.num_codebooks, length), not is_decoding
+                "audio_codes",
+                audio_codes,
+                (batch_size, self.config.num_codebooks, length),
+                check_values=not is_decoding,
             )
             if speaker_embeddings is not None and speaker_embeddings.shape != (batch_size, self.config.spk_emb_size):
                 raise ValueError(
@@ -868,12 +949,11 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         if (labels is not None or audio_labels is not None) and not keeps_all:
             raise ValueError(f"Labels need every position's scores, got `logits_to_keep={logits_to_keep}`.")
         if labels is not None:
-            if labels.shape != (batch_size, length):
-                raise ValueError(f"`labels` must have the shape {(batch_size, length)}, got {tuple(labels.shape)}.")
+            _check_integers("labels", labels, (batch_size, length))
             text_loss = _text_loss(logits, labels, num_items_in_batch)
         if audio_labels is not None:
             self._check_codes(
-                "audio_labels", audio_labels, -100, (batch_size, self.config.num_codebooks, length), check_values=False
+                "audio_labels", audio_labels, (batch_size, self.config.num_codebooks, length), ignored=-100
             )
             codebook_losses = _codebook_losses(
                 audio_logits,
@@ -924,15 +1004,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 f"`audio_hidden_states` must have the shape (clips, frames, {self.config.audio_hidden_size}), got "
                 f"{tuple(audio_hidden_states.shape)}."
             )
-        if input_features_mask is None:
-            mask = torch.ones(audio_hidden_states.shape[:2], dtype=torch.bool, device=audio_hidden_states.device)
-        elif input_features_mask.shape != audio_hidden_states.shape[:2]:
-            raise ValueError(
-                f"`input_features_mask` must have the shape {tuple(audio_hidden_states.shape[:2])}, got "
-                f"{tuple(input_features_mask.shape)}."
-            )
-        else:
-            mask = input_features_mask.to(audio_hidden_states.device).bool()
+        mask = self._frame_mask(audio_hidden_states, input_features_mask)
         lengths = mask.sum(dim=1)
         torch_compilable_check(
             (lengths > 0).all(), lambda: f"Every speech clip needs a frame, got {lengths.tolist()} frames."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
@@ -207,12 +208,23 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 "`input_ids` must be a non-empty integer tensor of shape (batch_size, prompt_length), got "
                 f"{tuple(prompt.shape)} of {prompt.dtype}."
             )
+        if inputs is not None and inputs.numel():
+            lowest, highest = int(inputs.min()), int(inputs.max())
+            if lowest < 0 or highest >= self.config.vocab_size:
+                raise ValueError(
+                    f"`input_ids` must lie in the vocabulary, from 0 to {self.config.vocab_size - 1}, got values from "
+                    f"{lowest} to {highest}: is this the tokenizer of another model?"
+                )
         self._check_no_bare_placeholder(inputs, kwargs)
-        attention_mask = self._checked_attention_mask(prompt, kwargs.pop("attention_mask", None))
+        cache = kwargs.get("past_key_values")
+        attention_mask = self._checked_attention_mask(prompt, kwargs.pop("attention_mask", None), cache)
         voice = self._checked_voice(prompt.shape[0], reference_codes, speaker_embeddings)
         if audio_codes is not None:
             if reference_codes is not None:
                 raise ValueError("Pass `reference_codes`, or lay the codes out yourself in `audio_codes`, not both.")
+            self._check_codes(
+                "audio_codes", audio_codes, (prompt.shape[0], self.config.num_codebooks, prompt.shape[1])
+            )
         elif attention_mask.shape[1] == prompt.shape[1]:
             end = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
             audio_codes = place_voice(
@@ -256,7 +268,9 @@ class MiniMindOGenerationMixin(GenerationMixin):
                     f"pass `{names[0]}`."
                 )
 
-    def _checked_attention_mask(self, prompt: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
+    def _checked_attention_mask(
+        self, prompt: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache | None
+    ) -> torch.LongTensor:
         """The mask of the batch padding, which must be on the left: an answer follows its prompt directly."""
         if attention_mask is None:
             pad = self.generation_config.pad_token_id
@@ -264,10 +278,12 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 return torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
             # Only leading pads are padding: inside a prompt, pad is a token like others.
             return ((prompt != pad).long().cumsum(dim=-1) > 0).long()
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != prompt.shape[0]:
+        # With a cache, the prompt may be its new tokens alone, and the mask covers the cached ones too.
+        fits = attention_mask.dim() == 2 and attention_mask.shape[0] == prompt.shape[0]
+        if not fits or (cache is None and attention_mask.shape[1] != prompt.shape[1]):
             raise ValueError(
-                "`attention_mask` must have the shape (batch_size, prompt_length), got "
-                f"{tuple(attention_mask.shape)} for {prompt.shape[0]} prompts."
+                f"`attention_mask` must have the prompts' shape {tuple(prompt.shape[:2])}, got "
+                f"{tuple(attention_mask.shape)}."
             )
         mask = attention_mask.long()
         if (mask.diff(dim=1) < 0).any() or (mask[:, -1] == 0).any():
@@ -309,6 +325,9 @@ class MiniMindOGenerationMixin(GenerationMixin):
 
     def _fill_generation_defaults(self):
         """Gives the model's generation config the released settings where it has none."""
+        # Marked as derived from config.json, it would lose the settings that transformers does not know when it is
+        # loaded.
+        self.generation_config._from_model_config = False
         defaults = {
             **_GENERATION_DEFAULTS,
             # An original config.json names no pad token, and transformers would then pad with the end token.
@@ -341,6 +360,11 @@ class MiniMindOGenerationMixin(GenerationMixin):
         if generation_config.generation_mode not in (None, "text", "audio"):
             raise ValueError(
                 f"`generation_mode` must be 'text', 'audio' or None, got {generation_config.generation_mode!r}."
+            )
+        if not 0 <= generation_config.post_text_token_id < self.config.vocab_size:
+            raise ValueError(
+                f"`post_text_token_id` must lie in the vocabulary, from 0 to {self.config.vocab_size - 1}, got "
+                f"{generation_config.post_text_token_id}."
             )
         for name in ("audio_temperature", "audio_repetition_penalty"):
             if not getattr(generation_config, name) > 0:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import AutoImageProcessor, AutoTokenizer, MimiModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import _MARKED_RE, OmniModalProcessorMixin
@@ -305,9 +306,12 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
             if not tokenize:
                 raise ValueError("`voice` prepares inputs for the model, so it needs `tokenize=True`")
             processor_kwargs["voice"] = voice
-        return super().apply_chat_template(
-            conversation, chat_template, processor_kwargs=processor_kwargs, tokenize=tokenize, **kwargs
-        )
+        try:
+            return super().apply_chat_template(
+                conversation, chat_template, processor_kwargs=processor_kwargs, tokenize=tokenize, **kwargs
+            )
+        except TemplateError as error:  # what the template raises, of content it does not know among other things
+            raise ValueError(f"the conversation cannot be rendered: {error}") from error
 
     def _multimodal_inputs_from_conversations(
         self, conversations, audio_loading_params: dict, load_audio_from_video: bool = False

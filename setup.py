@@ -35,7 +35,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["minimind_o_hf", "minimind_o_hf.modeling", "minimind_o_hf.processing"],
+    packages=["minimind_o_hf", "minimind_o_hf.data", "minimind_o_hf.modeling", "minimind_o_hf.processing"],
     package_dir={"minimind_o_hf.modeling": "modeling", "minimind_o_hf.processing": "processing"},
     install_requires=[
         "transformers>=5.23,<6",

@@ -1,0 +1,127 @@
+"""Reading conversations from parquet files, map-style or streaming, as samples."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from datasets import IterableDataset, load_dataset
+from datasets.distributed import split_dataset_by_node
+from pyarrow import parquet
+
+from minimind_o_hf.modeling import MiniMindOConfig
+from minimind_o_hf.processing import MiniMindOProcessor
+
+from .samples import Sample, SampleSettings, build_sample, sample_generator
+
+
+def _paths(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+    patterns = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+    paths = [path for pattern in patterns for path in (sorted(glob.glob(str(pattern))) or [str(pattern)])]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if not paths or missing:
+        raise FileNotFoundError(f"No such parquet file: {', '.join(missing) or files!r}.")
+    return paths
+
+
+def _numbered_rows(paths: list[str], offsets: list[int]) -> Iterator[dict]:
+    """Rows with their index over all files: `datasets` counts anew in each process."""
+    for path, offset in zip(paths, offsets, strict=True):
+        index = offset
+        with parquet.ParquetFile(path) as file:
+            # Small batches: a row may hold megabytes of sound and pictures.
+            for batch in file.iter_batches(batch_size=16):
+                for row in batch.to_pylist():
+                    yield {**row, "_index": index}
+                    index += 1
+
+
+class MiniMindODataset(torch.utils.data.Dataset):
+    """
+    Conversations in parquet files as samples, by index. Rows stay on disk, memory-mapped.
+
+    Args:
+        files (`str`, `os.PathLike` or a list of them): Parquet files of the original's schema, or patterns of their
+        names. processor ([`MiniMindOProcessor`]), config ([`MiniMindOConfig`]), settings ([`SampleSettings`]):
+            See [`build_sample`].
+        seed (`int`, defaults to 0): With the epoch and the index, what every random choice follows from.
+    """
+
+    def __init__(
+        self,
+        files: str | os.PathLike | Sequence[str | os.PathLike],
+        processor: MiniMindOProcessor,
+        config: MiniMindOConfig,
+        settings: SampleSettings | None = None,
+        seed: int = 0,
+    ):
+        self.rows = load_dataset("parquet", data_files=_paths(files), split="train")
+        self.processor, self.config = processor, config
+        self.settings = settings or SampleSettings()
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int):
+        """Makes other random choices than in the epochs before; the same again after a restart."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Builds sample `index` of the present epoch; a row that cannot be used is a `ValueError` that names it."""
+        return _build(self, self.rows[index], index)
+
+
+class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
+    """
+    The same, read from front to back: for files too many or too large to index. Each of `world_size` processes reads
+    its own rows.
+
+    Args:
+        files, processor, config, settings, seed: As [`MiniMindODataset`].
+        rank (`int`, defaults to 0), world_size (`int`, defaults to 1): This process and how many there are.
+        shuffle_buffer (`int`, defaults to 0): Rows held back to be drawn from at random; 0 keeps the order.
+    """
+
+    def __init__(
+        self,
+        files: str | os.PathLike | Sequence[str | os.PathLike],
+        processor: MiniMindOProcessor,
+        config: MiniMindOConfig,
+        settings: SampleSettings | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_buffer: int = 0,
+    ):
+        paths = _paths(files)
+        sizes = [parquet.read_metadata(path).num_rows for path in paths]
+        offsets = [sum(sizes[:part]) for part in range(len(sizes))]
+        # Lists are split over processes and loader workers; a row's number, and so its choices, does not depend on it.
+        rows = IterableDataset.from_generator(_numbered_rows, gen_kwargs={"paths": paths, "offsets": offsets})
+        if shuffle_buffer:
+            rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.rows = split_dataset_by_node(rows, rank, world_size)
+        self.processor, self.config = processor, config
+        self.settings = settings or SampleSettings()
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int):
+        """Makes other random choices, and another order, than in the epochs before; the same again after a restart."""
+        self.epoch = epoch
+        self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for row in self.rows:
+            yield _build(self, row, row["_index"])
+
+
+def _build(dataset: MiniMindODataset | MiniMindOIterableDataset, row: dict, index: int) -> Sample:
+    random = sample_generator(dataset.seed, dataset.epoch, index)
+    try:
+        return build_sample(row, dataset.processor, dataset.config, dataset.settings, random)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"Row {index} cannot be trained on: {error}") from error
+
+
+__all__ = ["MiniMindODataset", "MiniMindOIterableDataset"]

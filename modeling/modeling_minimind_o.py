@@ -96,11 +96,11 @@ class MiniMindOOutputWithPast(ModelOutput):
             of labelled positions; 0 without any.
         aux_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned by a mixture of experts in training mode):
             Load-balancing loss of both stacks' routers, already weighted.
-        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Text scores.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
+            Text scores; `None` with `skip_logits`, the default in training with labels.
         audio_logits (`torch.FloatTensor` of shape `(batch_size, num_codebooks, sequence_length, audio_vocab_size)`,
         *optional*):
-            Code scores; `None` where the Talker did not run.
+            Code scores; `None` likewise, and where the Talker did not run.
         past_key_values (`Cache`, *optional*):
             Keys and values of the Thinker's layers, then of the Talker's.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
@@ -460,34 +460,47 @@ def _check_integers(name: str, tensor: torch.Tensor, shape: tuple[int | None, ..
         raise ValueError(f"`{name}` must have the shape {wanted}, got {tuple(tensor.shape)}.")
 
 
+def _at_labels(hidden_states: torch.Tensor, labels: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
+    """
+    The positions whose next one is labelled, in any codebook, as one row: hidden states `(1, num_labelled, width)` and
+    targets `(1, num_labelled)` or `(1, num_codebooks, num_labelled)`. The heads have more columns than the layers have
+    parameters a position, and most positions have no label.
+    """
+    targets = labels[..., 1:].to(hidden_states.device)
+    is_labelled = targets != -100
+    if is_labelled.dim() == 3:
+        is_labelled = is_labelled.any(dim=1)
+    selected = hidden_states[:, :-1][is_labelled].unsqueeze(0)
+    if targets.dim() == 3:
+        return selected, targets.transpose(1, 2)[is_labelled].T.unsqueeze(0)
+    return selected, targets[is_labelled].unsqueeze(0)
+
+
 def _text_loss(
-    logits: torch.Tensor, labels: torch.LongTensor, num_items: torch.Tensor | int | None
+    logits: torch.Tensor, targets: torch.LongTensor, num_items: torch.Tensor | int | None
 ) -> torch.FloatTensor:
-    """Cross-entropy of the next token, summed and divided by `num_items` (this batch's labelled positions by
-    default)."""
-    labels = labels[:, 1:].to(logits.device)
+    """Cross-entropy, summed and divided by `num_items` (this batch's labelled positions by default)."""
     loss = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum"
     )
-    return loss / ((labels != -100).sum().clamp(min=1) if num_items is None else num_items)
+    return loss / ((targets != -100).sum().clamp(min=1) if num_items is None else num_items)
 
 
 def _codebook_losses(
     logits: torch.Tensor,
-    labels: torch.LongTensor,
+    targets: torch.LongTensor,
     num_items: torch.Tensor | None,
     stop_code: int,
     stop_weight: float,
 ) -> torch.FloatTensor:
-    """The same of every codebook, stops weighted: shape `(num_codebooks,)`."""
-    labels = labels[:, :, 1:].to(logits.device)
+    """The same of every codebook, stops weighted: shape `(num_codebooks,)`. Codebooks are the second dimension."""
     losses = nn.functional.cross_entropy(
-        logits[:, :, :-1].float().flatten(0, 2), labels.flatten(), ignore_index=-100, reduction="none"
+        logits.float().flatten(0, 2), targets.flatten(), ignore_index=-100, reduction="none"
     )
     # Weighting the losses, not the classes: the divisor stays the number of labelled positions.
-    losses = losses.view_as(labels) * torch.where(labels == stop_code, stop_weight, 1.0)
+    losses = losses.view_as(targets) * torch.where(targets == stop_code, stop_weight, 1.0)
     if num_items is None:
-        num_items = (labels != -100).sum(dim=(0, 2)).clamp(min=1)
+        num_items = (targets != -100).sum(dim=(0, 2)).clamp(min=1)
     return losses.sum(dim=(0, 2)) / num_items.to(losses.device)
 
 
@@ -827,6 +840,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         run_talker: bool = True,
+        skip_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_audio_items_in_batch: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -870,6 +884,9 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 Scores of the last positions only (0: all), or of the positions of a 1-D tensor.
             run_talker (`bool`, defaults to `True`):
                 Whether to run the Talker; without it there are no `audio_logits`.
+            skip_logits (`bool`, *optional*):
+                Whether the heads run at labelled positions only, which gives the same losses for far less time and
+                memory, and no `logits` and `audio_logits`. The default in training mode where there are labels.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Divisor of the text loss in place of this batch's number of labelled positions: the number over all
                 batches of one optimiser step.
@@ -912,7 +929,14 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(thinker.last_hidden_state, logits_to_keep))
+        if skip_logits is None:
+            skip_logits = self.training and (labels is not None or audio_labels is not None)
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if (labels is not None or audio_labels is not None) and not keeps_all:
+            raise ValueError(f"Labels need every position's scores, got `logits_to_keep={logits_to_keep}`.")
+        logits = None
+        if not skip_logits:
+            logits = self.lm_head(slice_logits_to_keep(thinker.last_hidden_state, logits_to_keep))
 
         talker, audio_logits = None, None
         if run_talker:
@@ -940,24 +964,31 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 use_cache=use_cache,
                 **kwargs,
             )
-            audio_logits = self.talker.lm_head(slice_logits_to_keep(talker.last_hidden_state, logits_to_keep))
+            if not skip_logits:
+                audio_logits = self.talker.lm_head(slice_logits_to_keep(talker.last_hidden_state, logits_to_keep))
         elif audio_labels is not None:
             raise ValueError("`audio_labels` need the Talker: pass `run_talker=True`.")
 
         text_loss = audio_loss = codebook_losses = aux_loss = loss = None
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if (labels is not None or audio_labels is not None) and not keeps_all:
-            raise ValueError(f"Labels need every position's scores, got `logits_to_keep={logits_to_keep}`.")
         if labels is not None:
             _check_integers("labels", labels, (batch_size, length))
-            text_loss = _text_loss(logits, labels, num_items_in_batch)
+            if skip_logits:
+                hidden_states, targets = _at_labels(thinker.last_hidden_state, labels)
+                text_loss = _text_loss(self.lm_head(hidden_states), targets, num_items_in_batch)
+            else:
+                text_loss = _text_loss(logits[:, :-1], labels[:, 1:].to(logits.device), num_items_in_batch)
         if audio_labels is not None:
             self._check_codes(
                 "audio_labels", audio_labels, (batch_size, self.config.num_codebooks, length), ignored=-100
             )
+            if skip_logits:
+                hidden_states, targets = _at_labels(talker.last_hidden_state, audio_labels)
+                scores = self.talker.lm_head(hidden_states)
+            else:
+                scores, targets = audio_logits[:, :, :-1], audio_labels[:, :, 1:].to(audio_logits.device)
             codebook_losses = _codebook_losses(
-                audio_logits,
-                audio_labels,
+                scores,
+                targets,
                 num_audio_items_in_batch,
                 self.config.audio_stop_token,
                 float(self.config.audio_stop_weight),

@@ -950,6 +950,14 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             raise ValueError(f"Labels need every position's scores, got `logits_to_keep={logits_to_keep}`.")
         if labels is not None:
             _check_integers("labels", labels, (batch_size, length))
+            size = self.config.vocab_size
+            torch_compilable_check(
+                ((labels >= 0) & (labels < size) | (labels == -100)).all(),
+                lambda: (
+                    f"`labels` must hold ids from 0 to {size - 1} or -100, got values from {int(labels.min())} to "
+                    f"{int(labels.max())}."
+                ),
+            )
             text_loss = _text_loss(logits, labels, num_items_in_batch)
         if audio_labels is not None:
             self._check_codes(

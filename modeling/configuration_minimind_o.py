@@ -279,6 +279,13 @@ class MiniMindOConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the fields that must fit each other."""
+        for name in ("rope_theta", "intermediate_size", "moe_intermediate_size"):
+            for field in (name, f"talker_{name}"):
+                value = getattr(self, field, None)
+                if value is not None and value <= 0:
+                    raise ValueError(f"`{field}` must be above 0, got {value}.")
+        if self.audio_stop_weight < 0:
+            raise ValueError(f"`audio_stop_weight` must be at least 0, got {self.audio_stop_weight}.")
         for prefix, heads, kv_heads in (
             ("", self.num_attention_heads, self.num_key_value_heads),
             ("talker_", self.talker_num_attention_heads, self.talker_num_key_value_heads),
@@ -325,6 +332,12 @@ class MiniMindOConfig(PreTrainedConfig):
             raise ValueError(f"`audio_ids` and `image_ids` must differ, both are {self.audio_token_id}.")
         if not self.think_end_ids:
             raise ValueError(f"`think_end_ids` must not be empty, got {self.think_end_ids}.")
+        thinking = [self.think_start_id, *self.think_end_ids]
+        if not all(0 <= token_id < self.vocab_size for token_id in thinking):
+            raise ValueError(
+                f"`think_start_id` ({self.think_start_id}) and `think_end_ids` ({list(self.think_end_ids)}) must lie "
+                f"within the vocabulary ({self.vocab_size})."
+            )
         for encoder, size in (("audio", self.audio_hidden_size), ("vision", self.image_hidden_size)):
             sub_config = getattr(self, f"{encoder}_config")
             if isinstance(sub_config, PreTrainedConfig) and sub_config.hidden_size != size:

@@ -216,6 +216,9 @@ class MiniMindOGenerationMixin(GenerationMixin):
                     f"{lowest} to {highest}: is this the tokenizer of another model?"
                 )
         self._check_no_bare_placeholder(inputs, kwargs)
+        for name in _CLIP_INPUTS + _PICTURE_INPUTS:
+            if kwargs.get(name) is not None and not torch.isfinite(kwargs[name]).all():
+                raise ValueError(f"`{name}` must be finite, got NaN or infinity: check the files it was made from.")
         cache = kwargs.get("past_key_values")
         attention_mask = self._checked_attention_mask(prompt, kwargs.pop("attention_mask", None), cache)
         voice = self._checked_voice(prompt.shape[0], reference_codes, speaker_embeddings)
@@ -227,8 +230,10 @@ class MiniMindOGenerationMixin(GenerationMixin):
             )
         elif attention_mask.shape[1] == prompt.shape[1]:
             end = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
+            # A voice goes where codes are still to be read: what a cache holds has been.
+            num_cached = cache.get_seq_length() if cache is not None else 0
             audio_codes = place_voice(
-                attention_mask.sum(dim=1),
+                attention_mask.sum(dim=1).clamp(max=prompt.shape[1] - num_cached),
                 end,
                 prompt.shape[1],
                 self.config.num_codebooks,
@@ -475,7 +480,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
             raise ValueError(f"`seeds` must hold one seed for each of the {num_rows} returned rows, got {len(seeds)}.")
         size = (num_steps, 1 + self.config.num_codebooks)
         # On the CPU, so that a seed means the same on every device.
-        rows = [torch.rand(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows = [torch.rand(size, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
         return torch.stack(rows).to(device)
 
     def _sample(
@@ -498,7 +503,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
             model_kwargs.pop("audio_codes", None)
         do_sample = generation_config.do_sample
         max_steps = max(generation_config.max_length - prompt_length, 1)
-        uniforms = self._uniforms(generation_config.seeds, batch_size, max_steps, device) if do_sample else None
+        uniforms = self._uniforms(generation_config.seeds, batch_size, max_steps, device)
         pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
         post_text = generation_config.post_text_token_id
         ends_text = [c for c in stopping_criteria if isinstance(c, (EosTokenCriteria, StopStringCriteria))]
@@ -508,16 +513,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             if not isinstance(c, (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria))
         ]
 
-        # What logits processors and criteria see: the text alone, without the fill after its end. Batch padding shows
-        # the row's first token instead of pad, so that penalties do not depend on the batch.
+        # What logits processors and criteria see: the text alone, without the fill after its end.
         text_ids = input_ids
-        if (
-            prompt_length
-            and (mask := model_kwargs.get("attention_mask")) is not None
-            and mask.shape == input_ids.shape
-        ):
-            first = input_ids.gather(1, mask.long().argmax(dim=1, keepdim=True))
-            text_ids = torch.where(mask.bool(), input_ids, first)
         thinks = self._thinks(input_ids) if prompt_length else torch.zeros(batch_size, dtype=torch.bool, device=device)
         think_end = torch.tensor(config.think_end_ids, device=device)
 

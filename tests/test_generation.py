@@ -792,8 +792,7 @@ def test_text_alone_is_transformers_own_loop(lively, use_moe, settings):
     reference = reference_class(type(config).from_dict(config.to_dict())).eval()
     state = model.state_dict()
     reference.load_state_dict({name: state[name] for name in reference.state_dict()})
-    # Its processors see the padding, ours do not: only alike rows can be compared under a penalty.
-    inputs = prompts("ttttttt", "tttt") if not settings else prompts("ttttttt")
+    inputs = prompts("ttttttt", "tttt")
     ends = list(range(41, 320, 29))
     common = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": ends, "suppress_tokens": [IMAGE, AUDIO]}
     expected = reference.generate(**inputs, **common, pad_token_id=0, **settings)
@@ -803,16 +802,38 @@ def test_text_alone_is_transformers_own_loop(lively, use_moe, settings):
 
 def test_the_penalty_does_not_see_the_padding(lively):
     model = lively()
-    settings = {"max_new_tokens": 24, "repetition_penalty": 1.8, **GREEDY}
+    settings = {"max_new_tokens": 24, "repetition_penalty": 1.8, "output_scores": True, **GREEDY}
     specs = ("ttttttttt", "tt", "t3t")
     together = model.generate(**prompts(*specs), **settings)
     for row, spec in enumerate(specs):
-        assert text_of(together, row) == text_of(model.generate(**prompts(spec), **settings), 0)
-    # Pad as such is penalised nowhere: with it at the top, a padded row says it as an unpadded one does.
-    with torch.no_grad():
-        model.model.embed_tokens.weight[0] = model.model.embed_tokens.weight[text_of(together, 1)[0]] * 1.2
-    together = model.generate(**prompts(*specs), **settings)
-    assert text_of(together, 1) == text_of(model.generate(**prompts("tt"), **settings), 0)
+        alone = model.generate(**prompts(spec), **settings)
+        assert text_of(together, row) == text_of(alone, 0)
+        # Of all tokens, pad too.
+        for step in range(24):
+            torch.testing.assert_close(together.scores[step][row], alone.scores[step][0], rtol=1e-4, atol=1e-4)
+
+
+class Prefers(LogitsProcessor):
+    """Says one token for as long as it may."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.token] = scores[:, self.token].clamp(max=0) + 1e4  # -inf stays
+        return scores
+
+
+def test_ngrams_do_not_see_the_padding(lively):
+    model = lively()
+    first = int(prompts("ttt")["input_ids"][0, 0])
+    settings = {"max_new_tokens": 5, "no_repeat_ngram_size": 2, "generation_mode": "text", **GREEDY}
+    settings["logits_processor"] = LogitsProcessorList([Prefers(first)])
+    together = model.generate(**prompts("tttttttt", "ttt"), **settings)
+    alone = model.generate(**prompts("ttt"), **settings)
+    assert text_of(alone, 0)[:2] == [first, first]  # once it may stand twice in a row
+    assert text_of(together, 1) == text_of(alone, 0)
 
 
 # ---- outputs ----
@@ -968,6 +989,16 @@ def test_frames_come_when_they_are_complete(lively):
     for _, codes, mask in (step for step in streamer.steps if step[0] == "audio"):
         assert codes.shape == (1, 8)
         assert mask.dtype == torch.bool
+
+
+def test_a_streamer_gets_every_returned_row(lively):
+    streamer = Recorder()
+    inputs = prompts("tttt", "t3")
+    output = lively().generate(**inputs, num_return_sequences=2, max_new_tokens=12, streamer=streamer)
+    assert streamer.prompt.equal(inputs["input_ids"].repeat_interleave(2, dim=0))
+    for row in range(4):
+        assert streamer.text(row) == text_of(output, row, [2])
+        assert streamer.frames(row) == frames_of(output, row)
 
 
 def test_a_streamer_of_text_alone(lively):

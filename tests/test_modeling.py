@@ -731,8 +731,8 @@ def test_bfloat16_is_finite(model):
     assert output.logits.dtype == output.audio_logits.dtype == torch.bfloat16
     assert torch.isfinite(output.logits).all()
     assert torch.isfinite(output.audio_logits).all()
-    assert float(output.text_loss) == pytest.approx(float(expected.text_loss), rel=0.05)
-    assert float(output.audio_loss) == pytest.approx(float(expected.audio_loss), rel=0.05)
+    assert output.text_loss.item() == pytest.approx(expected.text_loss.item(), rel=0.05)
+    assert output.audio_loss.item() == pytest.approx(expected.audio_loss.item(), rel=0.05)
     output.loss.backward()
     for name, gradient in grads(model).items():
         assert torch.isfinite(gradient).all(), name

@@ -26,12 +26,14 @@ class MiniMindODataCollator:
         config ([`MiniMindOConfig`]): The model's.
         pad_to_multiple_of (`int`, *optional*): Round the length up, for hardware that likes it.
         feature_masking ([`FeatureMasking`], *optional*): What is done to speech features; `None` for nothing.
+        include_row_ids (`bool`, defaults to `False`): Adds `row_ids` `(B,)`, for a trainer that names rows in errors.
     """
 
     processor: MiniMindOProcessor
     config: MiniMindOConfig
     pad_to_multiple_of: int | None = None
     feature_masking: FeatureMasking | None = field(default_factory=FeatureMasking)
+    include_row_ids: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """
@@ -75,6 +77,8 @@ class MiniMindODataCollator:
             batch["speaker_embeddings"] = torch.stack(
                 [none if sample.speaker_embedding is None else sample.speaker_embedding for sample in samples]
             )
+        if self.include_row_ids:
+            batch["row_ids"] = torch.tensor([sample.row_id for sample in samples])
         return batch
 
     def _speech(self, samples: Sequence[Sample], clips: list[np.ndarray]) -> dict[str, torch.Tensor]:

@@ -119,9 +119,11 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
 def _build(dataset: MiniMindODataset | MiniMindOIterableDataset, row: dict, index: int) -> Sample:
     random = sample_generator(dataset.seed, dataset.epoch, index)
     try:
-        return build_sample(row, dataset.processor, dataset.config, dataset.settings, random)
+        sample = build_sample(row, dataset.processor, dataset.config, dataset.settings, random)
     except (ValueError, OSError) as error:
         raise ValueError(f"Row {index} cannot be trained on: {error}") from error
+    sample.row_id = index
+    return sample
 
 
 __all__ = ["MiniMindODataset", "MiniMindOIterableDataset"]

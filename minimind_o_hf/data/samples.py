@@ -215,6 +215,7 @@ class Sample:
         clips (`list[np.ndarray]`): Input speech, float32 at 16 kHz, in reading order.
         images (`list[bytes]`): Encoded pictures, in reading order.
         feature_seed (`int`): Seeds what happens to the speech features (masking).
+        row_id (`int`): Index of the row it was made from, -1 where there is none.
     """
 
     input_ids: torch.LongTensor
@@ -225,6 +226,7 @@ class Sample:
     clips: list[np.ndarray]
     images: list[bytes]
     feature_seed: int = 0
+    row_id: int = -1
 
 
 def cut_dialogue(

@@ -1,0 +1,321 @@
+"""Fine-tuning every part of MiniMind-O with the Hugging Face Trainer, the speech side too."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from .data import MiniMindODataCollator
+from .modeling import MiniMindOForConditionalGeneration
+
+MODES = ("all", "thinker", "talker", "audio_proj", "vision_proj")
+FREEZE = ("none", "all", "last1")
+
+
+@dataclass
+class MiniMindOTrainingArguments(TrainingArguments):
+    """
+    [`TrainingArguments`] with the original's defaults (AdamW with weight decay 0.01 on every parameter, no warm-up,
+    cosine to a tenth of the learning rate, gradients clipped at 1) and what MiniMind-O adds.
+
+    Args:
+        mode (`str`, defaults to `"all"`):
+            What is trained: `all` (all but the encoders), `thinker`, `talker`, `audio_proj` or `vision_proj`.
+        freeze_backbone (`str`, defaults to `"none"`):
+            With mode `all`: `all` keeps the Thinker as it is, `last1` all of it but its last layer.
+        talker_learning_rate, projector_learning_rate (`float`, *optional*):
+            Learning rates of the Talker and of the projectors; `learning_rate` by default, which is the Thinker's.
+        min_learning_rate_ratio (`float`, defaults to 0.1):
+            What the cosine ends at, as a share of each learning rate.
+        stop_weight (`float`, *optional*):
+            Weight of the stop code in the audio loss; the model's (10) by default.
+        codebook_weights (`list[float]`, *optional*):
+            Weights of the codebooks in the audio loss, one each; equal by default.
+    """
+
+    mode: str = field(default="all", metadata={"help": f"what is trained: {', '.join(MODES)}"})
+    freeze_backbone: str = field(default="none", metadata={"help": "freeze the Thinker: none, all or last1"})
+    talker_learning_rate: float | None = field(default=None, metadata={"help": "of the Talker (learning_rate)"})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "of projectors (learning_rate)"})
+    min_learning_rate_ratio: float = field(default=0.1, metadata={"help": "end of the cosine; 1 for a constant rate"})
+    stop_weight: float | None = field(default=None, metadata={"help": "of the stop code in the loss (10); 1 for none"})
+    codebook_weights: list[float] | None = field(default=None, metadata={"help": "of each codebook in the loss (1)"})
+
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    # Scores of every position of both streams are not kept: the trainer reports what they say.
+    prediction_loss_only: bool = True
+    # Samples are objects with clips and pictures, which the collator turns into the model's arguments.
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.freeze_backbone not in FREEZE:
+            raise ValueError(f"`freeze_backbone` must be one of {', '.join(FREEZE)}, got {self.freeze_backbone!r}.")
+        if not 0 <= self.min_learning_rate_ratio <= 1:
+            raise ValueError(f"`min_learning_rate_ratio` must be from 0 to 1, got {self.min_learning_rate_ratio}.")
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"min_lr_rate": self.min_learning_rate_ratio}
+        super().__post_init__()
+
+
+def set_trainable(model: MiniMindOForConditionalGeneration, mode: str = "all", freeze_backbone: str = "none") -> None:
+    """
+    Switches the gradients of a model's parts on and off.
+
+    Args:
+        model ([`MiniMindOForConditionalGeneration`]): Its encoders stay frozen in any mode.
+        mode (`str`): See [`MiniMindOTrainingArguments`].
+        freeze_backbone (`str`): See [`MiniMindOTrainingArguments`].
+    """
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
+    if freeze_backbone not in FREEZE:
+        raise ValueError(f"`freeze_backbone` must be one of {', '.join(FREEZE)}, got {freeze_backbone!r}.")
+    model.requires_grad_(False)
+    parts: dict[str, list[nn.Module]] = {
+        "thinker": [model.model, model.lm_head],
+        "talker": [model.talker],
+        "audio_proj": [model.audio_proj],
+        "vision_proj": [model.vision_proj],
+    }
+    for module in parts[mode] if mode in parts else [module for part in parts.values() for module in part]:
+        module.requires_grad_(True)
+    if mode == "all" and freeze_backbone != "none":
+        model.model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+        if freeze_backbone == "last1":
+            model.model.layers[-1].requires_grad_(True)
+
+
+@torch.no_grad()
+def initialize_talker_from_thinker(model: MiniMindOForConditionalGeneration) -> bool:
+    """
+    Copies the Thinker's last layers into the Talker, the start for a language model that has none.
+
+    Returns:
+        `bool`: Whether the sizes match; if not, nothing is changed.
+    """
+    count = len(model.talker.layers)
+    sources = model.model.layers[-count:]
+    states = [source.state_dict() for source in sources]
+    if len(sources) < count or any(
+        [tensor.shape for tensor in layer.state_dict().values()] != [tensor.shape for tensor in state.values()]
+        for layer, state in zip(model.talker.layers, states, strict=False)
+    ):
+        return False
+    for layer, state in zip(model.talker.layers, states, strict=True):
+        layer.load_state_dict(state)
+    return True
+
+
+class MiniMindOTrainer(Trainer):
+    """
+    The Hugging Face Trainer for MiniMind-O.
+
+    Losses are divided by the labels of all batches of one optimiser step, over accumulation steps and processes, for
+    the text and for every codebook: 1 sample accumulated 8 times is a batch of 8. (The auxiliary loss of a mixture of
+    experts is not linear in the batch; it is the mean of the batches'.)
+
+    Args:
+        model ([`MiniMindOForConditionalGeneration`]): The model; `args.mode` decides which of its parts are trained.
+        args ([`MiniMindOTrainingArguments`]): The settings.
+        **kwargs: As [`Trainer`]; `data_collator` is a [`MiniMindODataCollator`].
+    """
+
+    # `compute_loss` normalises over the accumulated batch itself.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model: MiniMindOForConditionalGeneration, args: MiniMindOTrainingArguments, **kwargs):
+        if args.codebook_weights is not None and len(args.codebook_weights) != model.config.num_codebooks:
+            raise ValueError(
+                f"`codebook_weights` must hold {model.config.num_codebooks} numbers, got {args.codebook_weights}."
+            )
+        set_trainable(model, args.mode, args.freeze_backbone)
+        if isinstance(kwargs.get("data_collator"), MiniMindODataCollator):
+            kwargs["data_collator"].include_row_ids = True
+        if args.stop_weight is not None:
+            model.config.audio_stop_weight = args.stop_weight
+        super().__init__(model, args, **kwargs)
+        self.loss_is_scaled_for_ga = True
+        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
+        self._sum_steps = 0
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Labels of the text, then of each codebook, over the batches of one step and all processes: `(1 +
+        codebooks,)`."""
+        if not batch_samples or not all("labels" in batch and "audio_labels" in batch for batch in batch_samples):
+            return None
+        counts = torch.stack(
+            [
+                torch.cat(
+                    [
+                        batch["labels"][:, 1:].ne(-100).sum().view(1),
+                        batch["audio_labels"][:, :, 1:].ne(-100).sum(dim=(0, 2)),
+                    ]
+                )
+                for batch in batch_samples
+            ]
+        ).sum(dim=0)
+        counts = counts.to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return counts.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ):
+        """The step's share of the loss; see the class."""
+        counts = num_items_in_batch if model.training else None
+        inputs = dict(inputs)
+        row_ids = inputs.pop("row_ids", None)
+        outputs = model(
+            **inputs,
+            num_items_in_batch=None if counts is None else counts[0],
+            num_audio_items_in_batch=None if counts is None else counts[1:],
+        )
+        parts = {"text_loss": outputs.text_loss}
+        if outputs.codebook_losses is not None:
+            weights = outputs.codebook_losses.new_tensor(
+                self.args.codebook_weights or [1.0] * len(outputs.codebook_losses)
+            )
+            parts["audio_loss"] = (weights * outputs.codebook_losses).sum() / weights.sum()
+        loss = sum(part for part in parts.values() if part is not None)
+        if counts is not None:
+            # The gradients of the processes are averaged, and each has its own share of the labels.
+            loss = loss * self.accelerator.num_processes
+        if outputs.aux_loss is not None:
+            share = self.current_gradient_accumulation_steps if counts is not None else 1
+            parts["aux_loss"] = outputs.aux_loss / share
+            loss = loss + parts["aux_loss"]
+        if not torch.isfinite(loss):
+            rows = "" if row_ids is None else f" in a batch of the rows {row_ids.tolist()}"
+            raise ValueError(
+                f"The loss is {loss.item()} at step {self.state.global_step}{rows}: look at these rows (`minimind-o "
+                "data check`), or train with a lower learning rate."
+            )
+        if model.training:
+            self._add_up(parts, outputs.codebook_losses)
+        else:
+            self._count(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _count(self, inputs: dict[str, Any], outputs):
+        """Adds an evaluation batch to the sums its losses and accuracies are made of."""
+        for name, logits, labels in (
+            ("text", outputs.logits, inputs.get("labels")),
+            ("audio", outputs.audio_logits, inputs.get("audio_labels")),
+        ):
+            if logits is None or labels is None:
+                continue
+            targets = labels[..., 1:]
+            is_labelled = targets != -100
+            right = (logits[..., :-1, :].argmax(dim=-1) == targets) & is_labelled
+            if name == "text":
+                self._evaluated["tokens"] += is_labelled.sum()
+                self._evaluated["right_tokens"] += right.sum()
+                self._evaluated["text_loss"] += outputs.text_loss * is_labelled.sum()
+            else:
+                labelled_codes = is_labelled.sum(dim=(0, 2))
+                self._evaluated["codes"] += labelled_codes.sum()
+                self._evaluated["right_codes"] += right.sum()
+                self._evaluated["codebook_labels"] = self._evaluated["codebook_labels"] + labelled_codes
+                self._evaluated["codebook_losses"] = (
+                    self._evaluated["codebook_losses"] + outputs.codebook_losses * labelled_codes
+                )
+
+    def evaluation_loop(self, dataloader, description: str, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As [`Trainer.evaluation_loop`], with each stream's loss and accuracy, over all labels and processes."""
+        self._evaluated = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = {name: self.accelerator.reduce(value, reduction="sum") for name, value in self._evaluated.items()}
+        figures = {}
+        if "tokens" in sums:
+            figures["text_loss"] = sums["text_loss"] / sums["tokens"].clamp(min=1)
+            figures["token_accuracy"] = sums["right_tokens"] / sums["tokens"].clamp(min=1)
+        if "codes" in sums:
+            losses = sums["codebook_losses"] / sums["codebook_labels"].clamp(min=1)
+            figures["audio_loss"] = losses.mean()
+            figures |= {f"codebook_{index}_loss": value for index, value in enumerate(losses)}
+            figures["code_accuracy"] = sums["right_codes"] / sums["codes"].clamp(min=1)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value.item() for name, value in figures.items()})
+        return output
+
+    def _add_up(self, parts: dict[str, torch.Tensor | None], codebook_losses: torch.Tensor | None):
+        """Sums the parts of the loss until they are logged."""
+        scale = self.accelerator.num_processes
+        for name, value in parts.items():
+            if value is not None:
+                self._sums[name] = self._sums[name] + value.detach() * (1 if name == "aux_loss" else scale)
+        if codebook_losses is not None:
+            for index, value in enumerate(codebook_losses.detach()):
+                self._sums[f"codebook_{index}_loss"] = self._sums[f"codebook_{index}_loss"] + value * scale
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss, and each part's learning rate, to what is logged in training."""
+        if "loss" in logs and self._sums:
+            steps = max(self.state.global_step - self._sum_steps, 1)
+            self._sum_steps = self.state.global_step
+            for name in sorted(self._sums):
+                mean = self.accelerator.gather(self._sums[name].view(1)).mean() / steps
+                logs[name] = mean.item()
+            self._sums.clear()
+            for group in self.optimizer.param_groups if self.optimizer is not None else []:
+                if "part" in group:
+                    logs[f"{group['part']}_learning_rate"] = group["lr"]
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """One parameter group for each part, with its learning rate; weight decay on every parameter, as the
+        original."""
+        if self.optimizer is None:
+            rates = {
+                "thinker": self.args.learning_rate,
+                "talker": self.args.talker_learning_rate or self.args.learning_rate,
+                "projectors": self.args.projector_learning_rate or self.args.learning_rate,
+            }
+            groups: dict[str, list[nn.Parameter]] = defaultdict(list)
+            for name, parameter in (self.model if model is None else model).named_parameters():
+                if parameter.requires_grad:
+                    groups[_part_of(name)].append(parameter)
+            if not groups:
+                raise ValueError(f"Nothing is trained: mode {self.args.mode!r} leaves no parameter with a gradient.")
+            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_kwargs.pop("lr", None)
+            self.optimizer = optimizer_class(
+                [
+                    {"params": parameters, "lr": rates[part], "weight_decay": self.args.weight_decay, "part": part}
+                    for part, parameters in groups.items()
+                ],
+                **optimizer_kwargs,
+            )
+        return self.optimizer
+
+
+def _part_of(name: str) -> str:
+    """The part of the model a parameter belongs to, whatever wraps the model."""
+    pieces = name.split(".")
+    if "talker" in pieces:
+        return "talker"
+    if "audio_proj" in pieces or "vision_proj" in pieces or "audio_tower" in pieces or "vision_tower" in pieces:
+        return "projectors"
+    return "thinker"
+
+
+__all__ = [
+    "MiniMindOTrainer",
+    "MiniMindOTrainingArguments",
+    "initialize_talker_from_thinker",
+    "set_trainable",
+]

@@ -62,7 +62,7 @@ $(VENV)/.installed: $(METADATA) | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.test-installed: $(METADATA) | $(VENV)/.created
-	$(BIN)/python -m pip install --editable ".[test,pipeline]"
+	$(BIN)/python -m pip install --editable ".[test,pipeline,train]"
 	@touch $@ $(VENV)/.installed
 
 $(LINTED): $(METADATA) | $(VENV)/.created

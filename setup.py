@@ -20,11 +20,13 @@ TORCHVISION = "torchvision>=0.26,<0.30"
 EXTRAS = {
     # The "any-to-any" pipeline insists on torchvision for models that take pictures.
     "pipeline": [TORCHVISION],
+    # Pictures of training data and of training runs.
+    "train": ["matplotlib>=3.8"],
     # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
     "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5"],
 }
-EXTRAS["dev"] = [requirement for extra in ("pipeline", "quality", "test") for requirement in EXTRAS[extra]]
+EXTRAS["dev"] = [requirement for extra in ("pipeline", "train", "quality", "test") for requirement in EXTRAS[extra]]
 
 setup(
     name="minimind_o_hf",
@@ -49,6 +51,9 @@ setup(
         "numpy>=1.26",
         "soundfile>=0.12.1",
         "pillow>=10",
+        "datasets>=4",
+        "pyarrow>=15",
+        "tqdm>=4.60",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minimind-o=minimind_o_hf.cli:main"]},

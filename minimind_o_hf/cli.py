@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +49,94 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's; float16 for a .pth"
     )
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that stands there")
+    _add_data(commands)
     return parser
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="build, check and show training data")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = actions.add_parser(
+        "build",
+        help="make a parquet file of recordings, chats or text",
+        description="Make training data. SRC is a folder of recordings with .txt files of the same names (or with a "
+        "metadata.csv, .tsv or .jsonl), a .csv, .tsv, .json or .jsonl of recordings and text or of `messages` with "
+        "`audios` and `images`, a `datasets` set on disk, a .parquet file, a Hub id, or a .txt with a sentence or "
+        "'question TAB answer' a line, which --tts speaks. An interrupted build goes on where it stopped.",
+    )
+    build.add_argument("source", metavar="SRC")
+    build.add_argument("out", type=Path, metavar="OUT.parquet")
+    for kind in ("audio", "text", "speaker"):
+        build.add_argument(f"--{kind}-column", metavar="NAME", help="default: found by its usual names")
+    build.add_argument("--prompt", metavar="P", help="what asks for a recording, with a field {text}")
+    build.add_argument("--language", default="en", help="of the default prompt, en or zh; {language} in --tts")
+    build.add_argument(
+        "--tts", metavar="CMD", help='speaks {text} into {out}, without a shell: "espeak-ng -w {out} -- {text}"'
+    )
+    build.add_argument("--text-questions", action="store_true", help="--tts speaks answers alone")
+    build.add_argument("--voice", metavar="NAME", help="voice of the checkpoint (default: the speaker's own)")
+    build.add_argument("--no-reference", dest="reference", action="store_false", help="write no reference codes")
+    build.add_argument("--split", default="train", help="of a `datasets` set (default: %(default)s)")
+    build.add_argument("--subset", metavar="NAME", help="configuration of a set on the Hub")
+    build.add_argument("--limit", type=int, metavar="N", help="take the first N records")
+    build.add_argument("--device", default="cpu", help="where the codec runs (default: %(default)s)")
+    build.add_argument("--skip-errors", action="store_true", help="leave out, and list, records with errors")
+    build.add_argument("--overwrite", action="store_true", help="replace a file that stands there")
+
+    check = actions.add_parser(
+        "check", help="check every row, and count", description="Exits with 1 and names the rows (file:row) on errors."
+    )
+    check.add_argument("files", nargs="+", metavar="FILE", help="parquet files")
+    check.add_argument("--plot", metavar="PNG", help="draw histograms of durations and lengths")
+
+    show = actions.add_parser("show", help="one sample as a picture, sound and text")
+    show.add_argument("file", metavar="FILE", help="parquet file")
+    show.add_argument("row", type=int, metavar="N", help="row, counted from 0")
+    show.add_argument("--out", type=Path, metavar="DIR", help="default: FILE's name and N")
+    show.add_argument("--seed", type=int, metavar="S", help="make training's random choices, with this seed")
+    for action in (build, check, show):
+        action.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: untrained nano)")
+        action.add_argument(
+            "--max-length", type=int, default=512, metavar="N", help="longest sequence in training (default: 512)"
+        )
+    for action in (build, check):
+        action.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: the cores")
+
+
+def _run_data(options: argparse.Namespace) -> None:
+    from .modeling import MiniMindOConfig
+    from .processing import MiniMindOProcessor
+
+    model = options.model
+    if model is None:
+        from .presets import default_checkpoint
+
+        print("No --model given: using the tokenizer, codec and sizes of an untrained nano model.", file=sys.stderr)
+        model = str(default_checkpoint())
+    config: Any = MiniMindOConfig.from_pretrained(model)
+    processor = MiniMindOProcessor.from_pretrained(model, load_audio_tokenizer=options.action != "check")
+    if options.action == "build":
+        from dataclasses import fields
+
+        from .data.building import BuildSettings, build_data
+
+        settings = BuildSettings(**{item.name: getattr(options, item.name) for item in fields(BuildSettings)})
+        report = build_data(options.source, options.out, processor, config, settings)
+        print(f"{options.out}: {report}")
+    elif options.action == "check":
+        from .data.checking import check_files
+
+        report = check_files(options.files, processor, config, options.max_length, options.workers)
+        print(report)
+        if options.plot:
+            report.plot(options.plot)
+        if report.errors:
+            raise ValueError(f"{len(report.errors)} errors in {report.rows} rows")
+    else:
+        from .data.showing import show_sample
+
+        out = options.out or Path(f"{Path(options.file).stem}-{options.row}")
+        print(show_sample(options.file, options.row, processor, config, out, options.max_length, options.seed))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -58,6 +146,9 @@ def _run(options: argparse.Namespace) -> None:
         from .chat import run
 
         run(options)
+        return
+    if options.command == "data":
+        _run_data(options)
         return
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.command == "init":

@@ -124,7 +124,8 @@ class MiniMindOTrainer(Trainer):
     experts is not linear in the batch; it is the mean of the batches'.)
 
     Args:
-        model ([`MiniMindOForConditionalGeneration`]): The model; `args.mode` decides which of its parts are trained.
+        model ([`MiniMindOForConditionalGeneration`] or a `PeftModel` of one):
+            The model; `args.mode` decides which of its parts are trained, adapters decide for themselves.
         args ([`MiniMindOTrainingArguments`]): The settings.
         **kwargs: As [`Trainer`]; `data_collator` is a [`MiniMindODataCollator`].
     """
@@ -137,7 +138,9 @@ class MiniMindOTrainer(Trainer):
             raise ValueError(
                 f"`codebook_weights` must hold {model.config.num_codebooks} numbers, got {args.codebook_weights}."
             )
-        set_trainable(model, args.mode, args.freeze_backbone)
+        # With adapters, PEFT has decided what is trained.
+        if isinstance(model, MiniMindOForConditionalGeneration):
+            set_trainable(model, args.mode, args.freeze_backbone)
         if isinstance(kwargs.get("data_collator"), MiniMindODataCollator):
             kwargs["data_collator"].include_row_ids = True
         if args.stop_weight is not None:
@@ -145,7 +148,7 @@ class MiniMindOTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.loss_is_scaled_for_ga = True
         self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
-        self._sum_steps = 0
+        self._summed_steps: set[int] = set()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Labels of the text, then of each codebook, over the batches of one step and all processes: `(1 +
@@ -254,6 +257,7 @@ class MiniMindOTrainer(Trainer):
 
     def _add_up(self, parts: dict[str, torch.Tensor | None], codebook_losses: torch.Tensor | None):
         """Sums the parts of the loss until they are logged."""
+        self._summed_steps.add(self.state.global_step)
         scale = self.accelerator.num_processes
         for name, value in parts.items():
             if value is not None:
@@ -265,8 +269,8 @@ class MiniMindOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, and each part's learning rate, to what is logged in training."""
         if "loss" in logs and self._sums:
-            steps = max(self.state.global_step - self._sum_steps, 1)
-            self._sum_steps = self.state.global_step
+            steps = len(self._summed_steps)
+            self._summed_steps.clear()
             for name in sorted(self._sums):
                 mean = self.accelerator.gather(self._sums[name].view(1)).mean() / steps
                 logs[name] = mean.item()

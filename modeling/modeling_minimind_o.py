@@ -972,13 +972,6 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         text_loss = audio_loss = codebook_losses = aux_loss = loss = None
         if labels is not None:
             _check_integers("labels", labels, (batch_size, length))
-<<<<<<< HEAD
-            if skip_logits:
-                hidden_states, targets = _at_labels(thinker.last_hidden_state, labels)
-                text_loss = _text_loss(self.lm_head(hidden_states), targets, num_items_in_batch)
-            else:
-                text_loss = _text_loss(logits[:, :-1], labels[:, 1:].to(logits.device), num_items_in_batch)
-=======
             size = self.config.vocab_size
             torch_compilable_check(
                 ((labels >= 0) & (labels < size) | (labels == -100)).all(),
@@ -987,8 +980,11 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                     f"{int(labels.max())}."
                 ),
             )
-            text_loss = _text_loss(logits, labels, num_items_in_batch)
->>>>>>> main
+            if skip_logits:
+                hidden_states, targets = _at_labels(thinker.last_hidden_state, labels)
+                text_loss = _text_loss(self.lm_head(hidden_states), targets, num_items_in_batch)
+            else:
+                text_loss = _text_loss(logits[:, :-1], labels[:, 1:].to(logits.device), num_items_in_batch)
         if audio_labels is not None:
             self._check_codes(
                 "audio_labels", audio_labels, (batch_size, self.config.num_codebooks, length), ignored=-100

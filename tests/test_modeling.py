@@ -723,11 +723,31 @@ def test_position_ids(model):
     assert not torch.allclose(stretched.audio_logits, expected.audio_logits, atol=1e-2)
 
 
+def test_heads_at_labelled_positions_alone_give_the_same_losses_and_gradients(model):
+    inputs = with_labels(make_inputs(*MIX))
+    model.train()
+    whole = model(**inputs, skip_logits=False)
+    whole.loss.backward()
+    expected = {name: gradient.clone() for name, gradient in grads(model).items()}
+    model.zero_grad()
+    part = model(**inputs)
+    assert part.logits is None
+    assert part.audio_logits is None
+    part.loss.backward()
+    for name in ("loss", "text_loss", "audio_loss", "codebook_losses"):
+        assert_close(getattr(part, name), getattr(whole, name))
+    for name, gradient in grads(model).items():
+        assert_close(gradient, expected[name])
+    assert model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}).text_loss == 0
+    assert model.eval()(**inputs).logits is not None
+    assert model(**inputs, skip_logits=True).logits is None
+
+
 def test_bfloat16_is_finite(model):
     inputs = with_labels(make_inputs(*MIX))
     expected = model(**inputs)
     model.to(torch.bfloat16).train()
-    output = model(**inputs)
+    output = model(**inputs, skip_logits=False)
     assert output.logits.dtype == output.audio_logits.dtype == torch.bfloat16
     assert torch.isfinite(output.logits).all()
     assert torch.isfinite(output.audio_logits).all()

@@ -290,7 +290,8 @@ def test_every_module_says_what_it_offers():
 
 def test_declared_and_imported_packages_agree(metadata):
     declared = {distribution(requirement) for requirement in metadata["install_requires"]}
-    optional = {distribution(requirement) for requirement in metadata["extras_require"]["pipeline"]}
+    extras = metadata["extras_require"]
+    optional = {distribution(requirement) for extra in ("pipeline", "train") for requirement in extras[extra]}
     imported = {
         name.split(".")[0]
         for path in package_files(*PACKAGE_FOLDERS)
@@ -298,8 +299,8 @@ def test_declared_and_imported_packages_agree(metadata):
         if level == 0
     }
     imported -= set(sys.stdlib_module_names) | set(PACKAGE_FOLDERS)
-    importable = {IMPORT_NAMES.get(name, name) for name in declared}
-    assert imported - importable == set(), "imported, but not in install_requires"
+    importable = {IMPORT_NAMES.get(name, name) for name in declared | optional}
+    assert imported - importable == set(), "imported, but not in setup.py"
     unused = {name for name in declared | optional if IMPORT_NAMES.get(name, name) not in imported}
     assert unused - NEEDED_INDIRECTLY.keys() == set(), "in setup.py, but not imported"
 

@@ -82,8 +82,8 @@ def test_a_good_row_is_measured(processor, config):
     ("change", "message"),
     [
         ({"conversations": "{"}, "no JSON"),
-        ({"conversations": '[{"role": "robot", "content": "x"}, {"role": "assistant"}]'}, "role 'robot'"),
-        ({"conversations": '[{"role": "assistant", "content": [1]}]', "image_bytes": []}, "no text as `content`"),
+        ({"conversations": chat("", "", "", "").replace("user", "robot", 1), "question_audios": []}, "role 'robot'"),
+        ({"conversations": chat("", "", "", [1])}, "no text as `content`"),
         ({"answer_audios": [codes(5), [1, 2, 3]]}, r"answer_audios\[1\].*8 codes a frame"),
         ({"answer_audios": [codes(5), [512] * 8]}, r"answer_audios\[1\].*from 0 to 511"),
         ({"answer_audios": [["x"] * 8]}, "x|literal|int"),
@@ -108,7 +108,7 @@ def test_bad_rows(processor, config, change, message):
 
 
 def test_labels_beyond_the_limit(processor, config):
-    assert check_row(GOOD, processor, config, max_length=120).flags == []
+    assert check_row(GOOD, processor, config, max_length=200).flags == []
     row = {"conversations": chat("Hm?", "No."), "answer_audios": [codes(60)], "question_audios": [wav(2)]}
     report = check_row(row, processor, config, max_length=60)
     assert report.errors == []
@@ -156,10 +156,10 @@ def test_files(files, processor, config, workers):
     assert [error.partition(": ")[0] for error in report.errors] == [f"{files[1]}:2"]
     assert report.flags == [f"{files[1]}:3: answer 0 is empty"]
     table = str(report)
-    assert "9 rows, 16 spoken answers (0.00 h), 14 spoken questions" in table
+    assert "9 rows, 14 spoken answers (0.00 h), 14 spoken questions" in table
     assert table.splitlines()[-1].startswith(f"  {files[1]}:2: question_audios[0]")
     seconds = next(line for line in table.splitlines() if line.startswith("answer seconds"))
-    assert seconds.split()[2:] == ["16", "0.4", "1.2", "2.0", "19.2"]
+    assert seconds.split()[2:] == ["14", "0.4", "1.2", "2.0", "16.8"]
 
 
 def test_files_that_are_none(tmp_path, files, processor, config):
@@ -215,9 +215,9 @@ def test_a_sample_is_shown(files, processor, config, tmp_path):
     question = soundfile.info(tmp_path / "shown" / "question.wav")
     assert (question.frames, question.samplerate) == (8000, 16000)
     # As training draws it: other choices, the same again with the same seed.
-    texts = {show_sample(files[0], 3, processor, config, tmp_path / "shown", seed=seed) for seed in range(6)}
-    assert len(texts) > 1
-    assert show_sample(files[0], 3, processor, config, tmp_path / "shown", seed=2) in texts
+    drawn = [show_sample(files[0], 3, processor, config, tmp_path / "shown", seed=seed) for seed in (0, 1, 0)]
+    assert drawn[0] == drawn[2]
+    assert len({text, *drawn}) == 3
 
 
 def test_the_nine_rows(processor, config):
@@ -230,6 +230,7 @@ def test_the_nine_rows(processor, config):
     assert [written for written, _ in rows[1][start + 1 : start + 4]] == [str(code) for code in codes(3)[::8]]
     assert {kind for _, kind in rows[0]} == {"pad", "input", "label"}
     figure = draw_sample(sample, processor, config, "title")
-    # Two lines of positions, each cell a patch with a text.
+    # Two lines of positions; each cell is written on, and each token stands above its own.
     assert len(figure.axes) == -(-len(sample.input_ids) // 40)
-    assert sum(len(axes.patches) for axes in figure.axes) == 9 * len(sample.input_ids)
+    tokens = int((sample.input_ids != 0).sum())
+    assert sum(len(axes.texts) for axes in figure.axes) == 9 * len(sample.input_ids) + tokens

@@ -360,7 +360,7 @@ def build_data(
     total = len(conversations) if settings.limit is None else min(settings.limit, len(conversations))
     parts = _build_parts(conversations, total, folder, processor, settings)
     report = _join_parts(parts, target, processor, config, settings)
-    for part in folder.glob("part-*.parquet"):
+    for part in folder.glob("*part-*.parquet*"):  # and what a killed process left
         part.unlink()
     if not any(folder.iterdir()):
         folder.rmdir()

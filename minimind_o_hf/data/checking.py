@@ -78,7 +78,7 @@ def check_row(
         # A TypeError is what values of other types than the schema's end in.
         except (ValueError, OSError, TypeError) as error:
             message = f"{name}: {error}" if name else str(error)
-            if not any(known.endswith(message) for known in report.errors):
+            if message not in report.errors:
                 report.errors.append(message)
             return None
 
@@ -114,6 +114,8 @@ def check_row(
                 report.errors.append(f"{name} has {frames} frames, the speech encoder takes at most {limit}")
     for index, image in enumerate(read.images):
         attempt(f"image_bytes[{index}]", lambda image=image: load_image(image))
+    if report.errors:
+        return report
     report.pictures = len(read.images)
     marks = sum((message.get("content") or "").count(IMAGE_MARK) for message in read.messages)
     if marks != len(read.images):
@@ -138,6 +140,7 @@ def check_row(
         sample = attempt("", lambda dialogue=dialogue: build(dialogue, NO_LIMIT))
         if sample is not None and len(sample.input_ids) > max_length:
             report.flags.append(f"answer {index} ends at position {len(sample.input_ids)} of {max_length}: it is cut")
+    # An error may be that of a turn before the last.
     if sample is None or report.errors:
         return report
     report.lengths["positions"].append(len(sample.input_ids))

@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pyarrow import ArrowException, parquet
 
@@ -20,13 +22,13 @@ COLORS = {"pad": "#f4f4f4", "input": "#c6d9ee", "label": "#ffd480", "stop": "#e9
 FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float, layout: Any = "constrained") -> Any:
     """An empty matplotlib figure, in inches, that no window shows."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError('Pictures need matplotlib: pip install "minimind_o_hf[train]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save_png(figure: Any, path: str | os.PathLike) -> None:
@@ -34,7 +36,10 @@ def save_png(figure: Any, path: str | os.PathLike) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=110)
+    with warnings.catch_warnings():
+        # A token of a script that no installed font has is a box; its id stands below.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(path, format="png", dpi=110)
 
 
 def read_parquet_row(path: str | os.PathLike, number: int) -> dict[str, Any]:
@@ -85,26 +90,31 @@ def draw_sample(sample: Sample, processor: MiniMindOProcessor, config: MiniMindO
         A matplotlib figure. Cells hold the inputs; those that are labels too are highlighted.
     """
     from matplotlib import font_manager
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
 
     cells, length = _cells(sample, config), len(sample.input_ids)
     lines = -(-length // POSITIONS_A_LINE)
-    figure = new_figure(15.5, 0.6 + 2.75 * lines)
+    height = 0.6 + 2.75 * lines
+    # Placed by hand: measuring thousands of small texts would take seconds.
+    figure = new_figure(15.5, height, layout=None)
+    figure.subplots_adjust(left=0.035, right=0.995, bottom=0.3 / height, top=1 - 0.3 / height, hspace=0.1)
     installed = set(font_manager.get_font_names())
     fonts = ["DejaVu Sans", *(name for name in FONTS if name in installed)]
     names = ["text", *(f"code {index}" for index in range(len(cells) - 1))]
     for line in range(lines):
         axes = figure.add_subplot(lines, 1, line + 1)
         start = line * POSITIONS_A_LINE
+        colors = [[to_rgb(COLORS[kind]) for _, kind in row[start : start + POSITIONS_A_LINE]] for row in cells]
+        mesh = np.asarray(colors)
+        corners = np.arange(start, start + mesh.shape[1] + 1), np.arange(len(cells) + 1)
+        axes.pcolormesh(*corners, mesh, edgecolors="white", linewidth=0.8)
         for position in range(start, min(start + POSITIONS_A_LINE, length)):
             for row, values in enumerate(cells):
-                written, kind = values[position]
-                color = COLORS[kind]
-                axes.add_patch(Rectangle((position, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.8))
-                axes.text(position + 0.5, row + 0.5, written, ha="center", va="center", fontsize=6)
+                axes.text(position + 0.5, row + 0.5, values[position][0], ha="center", va="center", fontsize=6)
             token = processor.tokenizer.decode([int(sample.input_ids[position])])
             if cells[0][position][1] != "pad":
-                token = token.replace("\n", "\\n").replace(" ", "\N{OPEN BOX}")
+                token = repr(token)[1:-1].replace(" ", "\N{OPEN BOX}")
                 # `parse_math`: a token may be a dollar sign.
                 axes.text(
                     *(position + 0.5, -0.15, token[:14]),
@@ -118,7 +128,7 @@ def draw_sample(sample: Sample, processor: MiniMindOProcessor, config: MiniMindO
         axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks], fontsize=7)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, y=1 - 0.1 / height, va="top")
     figure.legend(
         handles=[Patch(facecolor=color, label=name) for name, color in COLORS.items()],
         **{"loc": "upper right", "ncols": len(COLORS), "fontsize": 8, "frameon": False},

@@ -1,0 +1,124 @@
+"""The training script: every recipe fits it, and it trains, saves, and goes on from files to a checkpoint."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from minimind_o_hf.presets import init_checkpoint
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "training_scripts"
+RECIPES = sorted((SCRIPTS / "recipes").glob("*/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_sft", SCRIPTS / "train_sft.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    return str(init_checkpoint("nano", tmp_path_factory.mktemp("script") / "nano"))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    generator = np.random.default_rng(0)
+    rows = {
+        "conversations": [
+            json.dumps([{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}])
+            for n in range(8)
+        ],
+        "answer_audios": [[generator.integers(512, size=8 * 6).tolist()] for _ in range(8)],
+        "spk_emb": pa.array([[1.0] * 192] * 8, pa.list_(pa.float32())),
+    }
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+    return str(tmp_path / "train.parquet")
+
+
+def test_there_is_a_recipe_for_every_stage():
+    assert [path.stem for path in RECIPES if path.parent.name == "mini"] == ["1_t2a", "2_a2a_projector", "3_a2a"]
+    assert len([path for path in RECIPES if path.parent.name == "full"]) == 7
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recipes_fit_the_script(script, tmp_path, recipe):
+    options = ["--model", "x", "--train_files", "y", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    _, data, arguments = script.parse([str(recipe), *options])
+    mode = {"projector": "audio_proj" if "a2a" in recipe.stem else "vision_proj"}.get(
+        recipe.stem.split("_")[-1], "all"
+    )
+    assert arguments.mode == mode
+    assert data.max_length in (512, 640, 768, 1024)
+    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert arguments.weight_decay == 0.01
+
+
+def test_unknown_options_of_a_recipe_are_named(script, tmp_path):
+    (tmp_path / "bad.yaml").write_text("max_lenght: 512\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="max_lenght"):
+        script.parse([str(tmp_path / "bad.yaml"), "--model", "x", "--train_files", "y", "--output_dir", "z"])
+
+
+def run(script, nano, parquet, folder, *options):
+    return script.main(
+        [
+            *("--model", nano, "--train_files", parquet, "--output_dir", str(folder), "--use_cpu", "true"),
+            *(
+                "--per_device_train_batch_size",
+                "4",
+                "--max_length",
+                "128",
+                "--report_to",
+                "none",
+                "--logging_steps",
+                "1",
+            ),
+            *options,
+        ]
+    )
+
+
+def test_from_a_file_to_a_complete_checkpoint(script, nano, parquet, tmp_path):
+    options = ("--eval_files", parquet, "--augment", "false", "--learning_rate", "2e-3")
+    trainer = run(script, nano, parquet, tmp_path / "run", "--max_steps", "6", *options)
+    losses = [entry["audio_loss"] for entry in trainer.state.log_history if "audio_loss" in entry]
+    assert losses[-1] < losses[0]
+    metrics = json.loads((tmp_path / "run" / "eval_results.json").read_text(encoding="utf-8"))
+    assert metrics["eval_audio_loss"] > 0
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "run")
+    processor = AutoProcessor.from_pretrained(tmp_path / "run")
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": "Say 3."}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    answer = processor.decode(model.generate(**inputs, max_new_tokens=16, seeds=[0]))[0]
+    assert answer.audio is not None
+
+
+def test_an_interrupted_run_goes_on(script, nano, parquet, tmp_path):
+    whole = run(script, nano, parquet, tmp_path / "whole", "--max_steps", "4")
+    settings = ("--save_steps", "2", "--lr_scheduler_type", "cosine_with_min_lr")
+    # As if killed after two of four steps: the second start finds the checkpoint.
+    run(script, nano, parquet, tmp_path / "parts", "--max_steps", "4", *settings)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    again = run(script, nano, parquet, tmp_path / "parts", "--max_steps", "4", *settings)
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_streaming_and_an_adapter(script, nano, parquet, tmp_path):
+    trainer = run(
+        script, nano, parquet, tmp_path / "run", "--max_steps", "3", "--streaming", "true", "--adapter", "talker"
+    )
+    assert trainer.state.global_step == 3
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()

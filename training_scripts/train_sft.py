@@ -1,0 +1,147 @@
+"""Fine-tunes MiniMind-O on conversations in parquet files.
+
+    python training_scripts/train_sft.py training_scripts/recipes/mini/1_t2a.yaml --model checkpoint \
+        --train_files "t2a*.parquet" --output_dir runs/t2a
+    accelerate launch training_scripts/train_sft.py ...             # several processes
+
+CPU-sized, a minute on two cores:
+
+    minimind-o init nano nano
+    python training_scripts/train_sft.py --model nano --train_files small.parquet --output_dir runs/try --max_steps 20
+    \
+        --per_device_train_batch_size 2 --max_length 256 --use_cpu true
+
+A YAML file holds any of the options, and the command line wins over it. A run that was interrupted goes on where its
+last checkpoint stands when it is started again. `--output_dir` ends up as a complete checkpoint.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from minimind_o_hf.adapters import lora_config
+from minimind_o_hf.data import (
+    FeatureMasking,
+    MiniMindODataCollator,
+    MiniMindODataset,
+    MiniMindOIterableDataset,
+    SampleSettings,
+    SpeechAugmentation,
+)
+from minimind_o_hf.trainer import MiniMindOTrainer, MiniMindOTrainingArguments, initialize_talker_from_thinker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and how it starts."""
+
+    model: str = field(metadata={"help": "checkpoint directory or Hub id"})
+    adapter: str | None = field(default=None, metadata={"help": "train a LoRA adapter: thinker, talker or all"})
+    adapter_rank: int = field(default=16, metadata={"help": "rank of the adapter"})
+    train_codec: bool = field(
+        default=False, metadata={"help": "with an adapter: train codec embedding and head whole"}
+    )
+    talker_from_thinker: bool = field(
+        default=False,
+        metadata={"help": "start the Talker as a copy of the Thinker's last layers, for a language model"},
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    train_files: list[str] = field(metadata={"help": "parquet files, or patterns of their names"})
+    eval_files: list[str] | None = field(default=None, metadata={"help": "held-out files to evaluate on"})
+    max_length: int = field(default=512, metadata={"help": "longest sequence, in positions; longer ones are cut"})
+    streaming: bool = field(default=False, metadata={"help": "read from front to back; needs --max_steps"})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "with --streaming: rows to draw from (0: in order)"})
+    augment: bool = field(default=True, metadata={"help": "augment input speech and mask its features"})
+    swap_probability: float = field(default=0.05, metadata={"help": "scheduled sampling of codes and text (0: off)"})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "round batch lengths up"})
+
+
+def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, MiniMindOTrainingArguments]:
+    """Options of the command line over those of a YAML file, if the first one is its name."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, MiniMindOTrainingArguments))
+    if arguments and not arguments[0].startswith("-"):
+        settings = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8")) or {}
+        known = {action.dest for action in parser._actions}
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"{arguments[0]} has options that this script does not know: {', '.join(unknown)}.")
+        flags = []
+        for name, value in settings.items():
+            flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        arguments = flags + arguments[1:]
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
+    """Trains, saves and reports; returns the trainer."""
+    model_args, data_args, args = parse(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO)
+
+    model = AutoModelForMultimodalLM.from_pretrained(
+        model_args.model, dtype=torch.float32, allow_missing=model_args.talker_from_thinker
+    )
+    processor = AutoProcessor.from_pretrained(model_args.model)
+    if model_args.talker_from_thinker and not initialize_talker_from_thinker(model):
+        logger.warning("The Talker's layers have other sizes than the Thinker's: they start at random.")
+    config = model.config
+    if model_args.adapter is not None:
+        import peft
+
+        model = peft.get_peft_model(
+            model,
+            lora_config(model_args.adapter, rank=model_args.adapter_rank, train_codec=model_args.train_codec),
+        )
+
+    swap = data_args.swap_probability
+    settings = SampleSettings(
+        max_length=data_args.max_length,
+        swap_codes=swap,
+        swap_text=swap,
+        augmentation=SpeechAugmentation() if data_args.augment else None,
+    )
+    if data_args.streaming:
+        # The Trainer's loader splits what one process reads, so each process may read everything.
+        train = MiniMindOIterableDataset(
+            data_args.train_files, processor, config, settings, args.seed, shuffle_buffer=data_args.shuffle_buffer
+        )
+    else:
+        train = MiniMindODataset(data_args.train_files, processor, config, settings, args.seed)
+    held_out = None
+    if data_args.eval_files:
+        held_out = MiniMindODataset(
+            data_args.eval_files, processor, config, SampleSettings.deterministic(data_args.max_length), args.seed
+        )
+    collator = MiniMindODataCollator(
+        processor,
+        config,
+        pad_to_multiple_of=data_args.pad_to_multiple_of,
+        feature_masking=FeatureMasking() if data_args.augment else None,
+    )
+
+    trainer = MiniMindOTrainer(model, args, train_dataset=train, eval_dataset=held_out, data_collator=collator)
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    result = trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    if held_out is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(args.output_dir)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

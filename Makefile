@@ -10,7 +10,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 METADATA := setup.py pyproject.toml
-PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/pytest
+PYTEST := TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/pytest
 LINTED := $(VENV)/.quality-installed
 
 .DEFAULT_GOAL := help

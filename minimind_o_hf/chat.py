@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="S", help="system prompt")
     parser.add_argument("--voice", metavar="NAME", help="voice of the checkpoint to answer in")
     parser.add_argument(
-        "--out", metavar="WAV", default="reply.wav", help="where speech is written (default: %(default)s)"
+        "--out",
+        metavar="WAV",
+        default="reply.wav",
+        help="where speech is written (default: %(default)s; in a conversation reply-1.wav, reply-2.wav, ...)",
     )
     parser.add_argument("--text-only", action="store_true", help="answer in text alone")
     parser.add_argument("--think", action="store_true", help="let the model think before it answers")
@@ -70,8 +73,39 @@ def load(
             file=sys.stderr,
         )
         model_id = str(default_checkpoint())
+    elif not Path(model_id).exists() and "/" not in model_id:
+        raise FileNotFoundError(f"There is no directory {model_id}, and a Hub id has the form OWNER/NAME.")
     model = AutoModelForMultimodalLM.from_pretrained(model_id, dtype=dtype or "auto")
-    return model.to(device).eval(), AutoProcessor.from_pretrained(model_id)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    return model.eval(), AutoProcessor.from_pretrained(model_id)
+
+
+def check(options: argparse.Namespace, processor: MiniMindOProcessor) -> None:
+    """Refuses, before anything is generated, what would be lost after it."""
+    if options.text_only:
+        return
+    if processor.audio_tokenizer is None:
+        raise ValueError(
+            "This checkpoint has no codec, so its answers cannot be heard: attach one (`minimind-o convert "
+            "CHECKPOINT DIR --codec MIMI`), or pass --text-only."
+        )
+    out = Path(options.out)
+    if out.suffix not in (".wav", ".flac", ".ogg"):
+        raise ValueError(f"--out {out}: the name must end in .wav, .flac or .ogg.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}.")
+    check_voice(options.voice, processor)
+
+
+def check_voice(name: str | None, processor: MiniMindOProcessor) -> None:
+    """Refuses a voice that the checkpoint does not have."""
+    if name is not None and name not in processor.voices:
+        raise ValueError(
+            f"There is no voice {name!r}: the checkpoint has {', '.join(sorted(processor.voices)) or 'none'}."
+        )
 
 
 def message(text: str | None, audio: list[str], images: list[str]) -> dict:
@@ -134,7 +168,8 @@ def converse(
 ) -> None:
     """A conversation: reads lines until the end of input. Answer N's speech goes to `reply-N.wav`."""
     start = [{"role": "system", "content": options.system}] if options.system else []
-    conversation, audio, images = list(start), list(options.audio), list(options.image)
+    conversation = list(start)
+    attached: dict[str, list[str]] = {"/audio": [], "/image": []}
     out, turns = Path(options.out), 0
     print(HELP)
     while True:
@@ -144,35 +179,37 @@ def converse(
             print()
             return
         command, _, argument = line.partition(" ")
-        text = None
-        if command == "/quit":
-            return
-        if command == "/reset":
-            conversation, audio, images = list(start), [], []
-            continue
-        if command in ("/audio", "/image"):
-            (audio if command == "/audio" else images).append(argument.strip())
-            continue
-        if command == "/voice":
-            options.voice = argument.strip() or None
-            continue
-        if command != "/send":
-            text = line
-        if not (text or audio or images):
-            print(HELP)
-            continue
-        turn = message(text, audio, images)
-        turns += 1
+        argument = argument.strip()
         try:
-            reply = answer(
-                model, processor, [*conversation, turn], options, out.with_name(f"{out.stem}-{turns}{out.suffix}")
-            )
+            if command == "/quit":
+                return
+            if command == "/reset":
+                conversation, attached = list(start), {"/audio": [], "/image": []}
+                print("The conversation starts anew.")
+            elif command in attached:
+                if not Path(argument).is_file():
+                    raise FileNotFoundError(f"there is no file {argument or '(name one)'}")
+                attached[command].append(argument)
+                print(f"{argument} goes with the next message.")
+            elif command == "/voice":
+                check_voice(argument or None, processor)
+                options.voice = argument or None
+                print(f"Voice: {options.voice or 'none'}")
+            elif command.startswith("/") and command != "/send":
+                print(HELP)
+            elif line and (line != "/send" or any(attached.values())):
+                turn = message(None if line == "/send" else line, attached["/audio"], attached["/image"])
+                path = out.with_name(f"{out.stem}-{turns + 1}{out.suffix}")
+                reply = answer(model, processor, [*conversation, turn], options, path)
+                conversation += [turn, {"role": "assistant", "content": reply.text}]
+                attached, turns = {"/audio": [], "/image": []}, turns + 1
+        except KeyboardInterrupt:
+            print("\n(interrupted; the answer is not kept)")
         except (ValueError, OSError) as error:
-            # A file that cannot be read should not end the conversation.
+            if isinstance(error, BrokenPipeError):
+                raise
+            # What was typed wrong, or a file that cannot be read, should not end the conversation.
             print(f"error: {error}", file=sys.stderr)
-        else:
-            conversation += [turn, {"role": "assistant", "content": reply.text}]
-        audio, images = [], []
 
 
 def run(options: argparse.Namespace) -> None:
@@ -180,6 +217,7 @@ def run(options: argparse.Namespace) -> None:
     if options.seed is not None:
         set_seed(options.seed)
     model, processor = load(options.model, options.device, options.dtype)
+    check(options, processor)
     if options.text is None and not options.audio and not options.image:
         converse(model, processor, options)
         return

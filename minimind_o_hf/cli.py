@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minimind-o", description="MiniMind-O: text, speech and pictures in; text and speech out."
     )
+    parser.add_argument("--version", action="version", version=f"minimind_o_hf {version('minimind_o_hf')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     chat = commands.add_parser(
@@ -46,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--codec", metavar="P", help="Mimi: directory or Hub id")
     convert.add_argument("--tokenizer", metavar="P", help="tokenizer for a bare state dict: directory or Hub id")
     convert.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's; float16 for a .pth"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: the source's; float16 for a .pth, which rounds float32 weights",
     )
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that stands there")
     _add_data(commands)

@@ -86,8 +86,9 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path):
             raise ValueError(f"{path} holds pickled objects, and nothing but tensors is loaded: {error}") from error
         raise OSError(f"{path} is damaged, or is no PyTorch file: {error}") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, UnicodeDecodeError) as error:
-        raise OSError(f"{path} is truncated or damaged: {error}") from error
+    # What torch.load makes of files that are something else: it takes them for pickles of some age.
+    except (SafetensorError, RuntimeError, EOFError, OSError, UnicodeDecodeError, LookupError, ValueError) as error:
+        raise OSError(f"{path} is truncated, damaged, or no weights file: {error or type(error).__name__}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
     return state
@@ -404,6 +405,11 @@ def _load_part(model_class: Any, source: Path) -> Any:
 
 def _load_codec(source: PathLike, config: MiniMindOConfig) -> MimiModel:
     source = _local_directory(source, "the codec", ["*.json", "*.safetensors"])
+    if (found := _read_json(source / "config.json").get("model_type")) != "mimi":
+        raise ValueError(
+            f"{source} holds a model of type {found!r}, not Mimi. The codec of a complete checkpoint is in its "
+            "`audio_tokenizer` folder."
+        )
     codec = _load_part(MimiModel, source)
     if codec.config.codebook_size != config.audio_codebook_size:
         raise ValueError(
@@ -456,7 +462,9 @@ def _load_tokenizer(
     """The tokenizer given, or the one beside the weights, checked against the configuration's ids."""
     if tokenizer is None:
         if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder} holds no tokenizer.json: say where the checkpoint's is (`tokenizer`).")
+            raise ValueError(
+                f"{folder} holds no tokenizer.json: say where it is (`--tokenizer DIR`, or `tokenizer=`)."
+            )
         tokenizer = folder
     loaded = (
         tokenizer
@@ -584,7 +592,7 @@ def export_original(
     """
     target = Path(path).expanduser().resolve()
     if target.is_dir() or (target.exists() and not overwrite):
-        raise FileExistsError(f"{target} exists: give another file, or overwrite it explicitly.")
+        raise FileExistsError(f"{target} exists: give another file, or say so (`--overwrite`, or `overwrite=True`).")
     state, config, _ = _read_source(source_directory)
     model = _build_model(state, config, dtype=None, path=source_directory)
     tensors = {}

@@ -36,7 +36,8 @@ def new_directory(directory: str | os.PathLike, overwrite: bool = False) -> Iter
             return
         if not overwrite:
             raise FileExistsError(
-                f"{target} exists and is not empty: give another directory, or overwrite it explicitly."
+                f"{target} exists and is not empty: give another directory, or say so (`--overwrite`, or "
+                "`overwrite=True`)."
             )
         if not (target / "config.json").is_file():
             raise ValueError(

@@ -167,6 +167,13 @@ class MiniMindOPreTrainedModel(PreTrainedModel):
     }
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel"):
+        """As [`PreTrainedModel.register_for_auto_class`], with the configuration, without which no other machine knows
+        it."""
+        super().register_for_auto_class(auto_class)
+        MiniMindOConfig.register_for_auto_class()
+
+    @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the experts' decorator in the source of the class; ours are imported.
         return True

@@ -84,6 +84,8 @@ CHAT_TEMPLATE = r"""
         {%- if loop.last or loop.nextitem.role != 'tool' -%}
             {{- '<|im_end|>\n' -}}
         {%- endif -%}
+    {%- elif message.role != 'system' -%}
+        {{- raise_exception('Role ' ~ message.role ~ ' is not known: use system, user, assistant or tool.') -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

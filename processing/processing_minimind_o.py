@@ -488,6 +488,12 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
 
     # ---------------------------------------------------------------- files
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoProcessor"):
+        """As [`ProcessorMixin.register_for_auto_class`], with the feature extractor."""
+        super().register_for_auto_class(auto_class)
+        MiniMindOFeatureExtractor.register_for_auto_class()
+
     def to_dict(self) -> dict:
         # The codec and the voices have files of their own. AutoProcessor would take a key `audio_tokenizer` for an
         # absolute path and load it, and super copies whatever is still here: 96 M parameters of codec.

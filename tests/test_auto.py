@@ -103,9 +103,7 @@ def test_generates_where_the_package_is_not_installed(nano, tmp_path, use_moe):
             from minimind_o_hf import *
 
             source, target, use_moe = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
-            MiniMindOConfig.register_for_auto_class()
-            MiniMindOForConditionalGeneration.register_for_auto_class("AutoModel")
-            MiniMindOFeatureExtractor.register_for_auto_class()
+            MiniMindOForConditionalGeneration.register_for_auto_class()
             MiniMindOProcessor.register_for_auto_class()
             model, processor = AutoModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
             if use_moe:

@@ -186,7 +186,20 @@ def test_damaged_checkpoint(chat, nano, tmp_path, capsys, damage):
 def test_conversation(nano, tmp_path, capsys):
     model, processor = load(str(nano), "cpu", None)
     options = _parser().parse_args(["chat", "--out", str(tmp_path / "reply.wav"), "--max-new-tokens", "16"])
-    lines = iter(["Hello", f"/audio {ESPEAK}", "/send", "/voice nobody", "Hi", "/voice", "/reset", "Again", ""])
+    lines = iter(
+        [
+            "Hello",
+            f"/audio {ESPEAK}",
+            "/image nope.jpg",
+            "/send",
+            "/voice nobody",
+            "/Quit",
+            "Hi",
+            "/reset",
+            "Again",
+            "/send",
+        ]
+    )
 
     def read(prompt):
         try:
@@ -195,11 +208,50 @@ def test_conversation(nano, tmp_path, capsys):
             raise EOFError from None
 
     converse(model, processor, options, read)
-    assert (tmp_path / "reply-1.wav").exists()
-    assert (tmp_path / "reply-2.wav").exists()
-    assert not (tmp_path / "reply-3.wav").exists()  # no such voice
-    assert (tmp_path / "reply-4.wav").exists()
-    assert "nobody" in capsys.readouterr().err
+    replies = sorted(path.name for path in tmp_path.glob("reply*.wav"))
+    assert replies == ["reply-1.wav", "reply-2.wav", "reply-3.wav", "reply-4.wav"]
+    printed = capsys.readouterr()
+    assert "nobody" in printed.err
+    assert "nope.jpg" in printed.err
+    assert "goes with the next message" in printed.out
+    assert printed.out.count("/quit") == 2  # at the start, and for the command that is none
+    assert options.voice is None
+
+
+def test_interrupting_an_answer_keeps_the_conversation(nano, tmp_path, monkeypatch, capsys):
+    model, processor = load(str(nano), "cpu", None)
+    options = _parser().parse_args(["chat", "--out", str(tmp_path / "reply.wav"), "--max-new-tokens", "8"])
+    generate = model.generate
+    calls = []
+
+    def interrupted_once(**kwargs):
+        calls.append(kwargs)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", interrupted_once)
+    lines = iter(["Hello", "Hello again", "/quit"])
+    converse(model, processor, options, lambda prompt: next(lines))
+    assert "interrupted" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("*.wav")] == ["reply-1.wav"]
+
+
+def test_what_would_be_lost_is_refused_before_generating(nano, tmp_path, capsys):
+    from minimind_o_hf.presets import init_checkpoint as make
+
+    bare = make("nano", tmp_path / "bare")
+    settings = (bare / "processor_config.json").read_text(encoding="utf-8")
+    (bare / "processor_config.json").write_text(
+        settings.replace('"audio_tokenizer_subfolder": "audio_tokenizer",', ""), encoding="utf-8"
+    )
+    for options, expected in [
+        (["--model", str(bare)], "--codec"),
+        (["--model", str(nano), "--device", "nonsense"], "--device nonsense"),
+        (["--model", "no-such-model"], "no directory no-such-model"),
+    ]:
+        assert main(["chat", "--text", "Hi", *options]) == 1
+        assert expected in capsys.readouterr().err
 
 
 def test_typed_control_tokens_are_text(nano):

@@ -127,7 +127,7 @@ CONVERSATIONS = [
     ],
     [user("Weather?"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}, user("OK")],
     [{"role": "tool", "content": "x"}],
-    [user("<tool_response>x</tool_response>"), {"role": "narrator", "content": "ignored"}, user("\n spaces \n")],
+    [user("<tool_response>x</tool_response>"), user("\n spaces \n")],
 ]
 
 
@@ -208,6 +208,11 @@ def test_content_lists_by_hand(processor, content, expected):
         after = "\n</tool_response><|im_end|>\n" if role == "tool" else "<|im_end|>\n"
         messages = [{"role": role, "content": content}]
         assert processor.apply_chat_template(messages) == before + expected + after
+
+
+def test_an_unknown_role_is_refused(processor):
+    with pytest.raises(ValueError, match="Role usr is not known"):
+        processor.apply_chat_template([{"role": "usr", "content": "Hi"}])
 
 
 def test_an_unknown_content_type_is_refused(processor):
@@ -784,6 +789,7 @@ def test_pictures_without_torchvision(processor):
 
 def test_the_saved_code_runs_without_the_package(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(MiniMindOProcessor, "_auto_class", None)
+    monkeypatch.setattr(MiniMindOFeatureExtractor, "_auto_class", None)
     MiniMindOProcessor.register_for_auto_class()
     processor.save_pretrained(tmp_path / "model")
     names = {path.stem for path in (tmp_path / "model").glob("*.py")}

@@ -130,6 +130,7 @@ class MiniMindOTrainer(Trainer):
         **kwargs: As [`Trainer`]; `data_collator` is a [`MiniMindODataCollator`].
     """
 
+    args: MiniMindOTrainingArguments
     # `compute_loss` normalises over the accumulated batch itself.
     loss_is_scaled_for_ga = True
 
@@ -168,7 +169,7 @@ class MiniMindOTrainer(Trainer):
         ).sum(dim=0)
         counts = counts.to(device)
         if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
+            counts: Any = self.accelerator.reduce(counts, reduction="sum")
         return counts.clamp(min=1)
 
     def compute_loss(
@@ -193,7 +194,7 @@ class MiniMindOTrainer(Trainer):
                 self.args.codebook_weights or [1.0] * len(outputs.codebook_losses)
             )
             parts["audio_loss"] = (weights * outputs.codebook_losses).sum() / weights.sum()
-        loss = sum(part for part in parts.values() if part is not None)
+        loss: Any = sum(part for part in parts.values() if part is not None)
         if counts is not None:
             # The gradients of the processes are averaged, and each has its own share of the labels.
             loss = loss * self.accelerator.num_processes
@@ -242,7 +243,9 @@ class MiniMindOTrainer(Trainer):
         """As [`Trainer.evaluation_loop`], with each stream's loss and accuracy, over all labels and processes."""
         self._evaluated = defaultdict(lambda: torch.zeros((), device=self.args.device))
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = {name: self.accelerator.reduce(value, reduction="sum") for name, value in self._evaluated.items()}
+        sums: dict[str, Any] = {
+            name: self.accelerator.reduce(value, reduction="sum") for name, value in self._evaluated.items()
+        }
         figures = {}
         if "tokens" in sums:
             figures["text_loss"] = sums["text_loss"] / sums["tokens"].clamp(min=1)
@@ -252,7 +255,8 @@ class MiniMindOTrainer(Trainer):
             figures["audio_loss"] = losses.mean()
             figures |= {f"codebook_{index}_loss": value for index, value in enumerate(losses)}
             figures["code_accuracy"] = sums["right_codes"] / sums["codes"].clamp(min=1)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value.item() for name, value in figures.items()})
+        metrics: Any = output.metrics
+        metrics.update({f"{metric_key_prefix}_{name}": value.item() for name, value in figures.items()})
         return output
 
     def _add_up(self, parts: dict[str, torch.Tensor | None], codebook_losses: torch.Tensor | None):
@@ -272,8 +276,8 @@ class MiniMindOTrainer(Trainer):
             steps = len(self._summed_steps)
             self._summed_steps.clear()
             for name in sorted(self._sums):
-                mean = self.accelerator.gather(self._sums[name].view(1)).mean() / steps
-                logs[name] = mean.item()
+                gathered: Any = self.accelerator.gather(self._sums[name].view(1))
+                logs[name] = gathered.mean().item() / steps
             self._sums.clear()
             for group in self.optimizer.param_groups if self.optimizer is not None else []:
                 if "part" in group:
@@ -289,13 +293,14 @@ class MiniMindOTrainer(Trainer):
                 "talker": self.args.talker_learning_rate or self.args.learning_rate,
                 "projectors": self.args.projector_learning_rate or self.args.learning_rate,
             }
+            trained: Any = self.model if model is None else model
             groups: dict[str, list[nn.Parameter]] = defaultdict(list)
-            for name, parameter in (self.model if model is None else model).named_parameters():
+            for name, parameter in trained.named_parameters():
                 if parameter.requires_grad:
                     groups[_part_of(name)].append(parameter)
             if not groups:
                 raise ValueError(f"Nothing is trained: mode {self.args.mode!r} leaves no parameter with a gradient.")
-            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
             optimizer_kwargs.pop("lr", None)
             self.optimizer = optimizer_class(
                 [

@@ -12,6 +12,7 @@ from .modeling_minimind_o import (
     MiniMindOForConditionalGeneration,
     MiniMindOOutputWithPast,
     MiniMindOPreTrainedModel,
+    MiniMindOStackOutput,
     MiniMindOTalkerModel,
     MiniMindOThinkerModel,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "MiniMindOGenerateOutput",
     "MiniMindOOutputWithPast",
     "MiniMindOPreTrainedModel",
+    "MiniMindOStackOutput",
     "MiniMindOStreamer",
     "MiniMindOTalkerModel",
     "MiniMindOThinkerModel",

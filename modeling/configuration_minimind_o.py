@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
@@ -195,7 +196,10 @@ class MiniMindOConfig(PreTrainedConfig):
             raise ValueError(
                 f"A config.json must hold an object, got {type(config_dict).__name__}: {config_dict!r:.80}."
             )
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"The configuration does not fit: {error}") from error
 
     @property
     def audio_token_id(self) -> int:
@@ -279,11 +283,16 @@ class MiniMindOConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the fields that must fit each other."""
-        for name in ("rope_theta", "intermediate_size", "moe_intermediate_size"):
-            for field in (name, f"talker_{name}"):
-                value = getattr(self, field, None)
-                if value is not None and value <= 0:
-                    raise ValueError(f"`{field}` must be above 0, got {value}.")
+        for name in (
+            "rope_theta",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "talker_intermediate_size",
+            "talker_moe_intermediate_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be above 0, got {value}.")
         if self.audio_stop_weight < 0:
             raise ValueError(f"`audio_stop_weight` must be at least 0, got {self.audio_stop_weight}.")
         for prefix, heads, kv_heads in (

@@ -53,7 +53,8 @@ class MiniMindOGenerateOutput(GenerateDecoderOnlyOutput):
         attentions, hidden_states (`tuple`, *optional*):
             Per step, the Thinker's.
         past_key_values (`Cache`, *optional*):
-            Keys and values of both stacks, without the last step's.
+            Keys and values of both stacks, at most to the end of `sequences`; `None` for a cache that cannot be cut
+            there.
         prompt_length (`int`):
             Length of the (padded) prompts in `sequences`.
         audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, num_frames)`, *optional*):
@@ -165,7 +166,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
             speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)`, *optional*):
                 The voices' embeddings. A row of zeros has none.
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, prompt_length)`, *optional*):
-                Codes at the prompts' positions, for callers that lay them out themselves; not with the two above.
+                Codes at the prompts' positions, for callers that lay them out themselves; not with `reference_codes`.
             seeds (`list[int]`, *optional*):
                 One seed for each returned row: its answer then does not depend on the rest of the batch. Without,
                 draws come from PyTorch's global generator.
@@ -179,6 +180,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 The token fed once after the text's end, while speech goes on; then pad.
             generation_mode (`str`, *optional*):
                 `"text"` for text alone (the Talker does not run), `"audio"` or `None` for text and speech.
+            suppress_tokens (`list[int]`, defaults to the placeholders):
+                Tokens that are never written. A placeholder in an answer would ask for a clip that is not there.
             max_new_tokens (`int`, defaults to 512):
                 Steps, with and without text; 12.5 of them are a second of speech.
             stopping_criteria (`StoppingCriteriaList`, *optional*):
@@ -221,6 +224,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 raise ValueError(f"`{name}` must be finite, got NaN or infinity: check the files it was made from.")
         cache = kwargs.get("past_key_values")
         attention_mask = self._checked_attention_mask(prompt, kwargs.pop("attention_mask", None), cache)
+        num_cached = self._checked_cache(cache, prompt.shape[1], attention_mask.shape[1], kwargs, generation_config)
         voice = self._checked_voice(prompt.shape[0], reference_codes, speaker_embeddings)
         if audio_codes is not None:
             if reference_codes is not None:
@@ -231,7 +235,6 @@ class MiniMindOGenerationMixin(GenerationMixin):
         elif attention_mask.shape[1] == prompt.shape[1]:
             end = torch.full((prompt.shape[0],), prompt.shape[1], device=prompt.device)
             # A voice goes where codes are still to be read: what a cache holds has been.
-            num_cached = cache.get_seq_length() if cache is not None else 0
             audio_codes = place_voice(
                 attention_mask.sum(dim=1).clamp(max=prompt.shape[1] - num_cached),
                 end,
@@ -298,6 +301,28 @@ class MiniMindOGenerationMixin(GenerationMixin):
             )
         return mask
 
+    def _checked_cache(
+        self, cache: Cache | None, prompt_length: int, mask_length: int, kwargs: dict, generation_config
+    ) -> int:
+        """The number of positions a cache holds, which the prompt must go on from, with both stacks' keys."""
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        if num_cached == 0:
+            return 0
+        if mask_length == prompt_length and prompt_length <= num_cached:
+            raise ValueError(
+                f"The prompt has {prompt_length} positions and the cache {num_cached}: pass the whole prompt's ids, "
+                "or the new ones along with an attention mask over both."
+            )
+        mode = kwargs.get("generation_mode") or getattr(generation_config, "generation_mode", None)
+        mode = mode or self.generation_config.generation_mode
+        num_spoken = int(cache.get_seq_length(self.config.num_hidden_layers))
+        if mode != "text" and num_spoken != num_cached:
+            raise ValueError(
+                f"The cache holds {num_cached} positions of the Thinker and {num_spoken} of the Talker, as after "
+                'generation_mode="text": go on in that mode, or without the cache.'
+            )
+        return num_cached
+
     def _checked_voice(
         self,
         batch_size: int,
@@ -339,6 +364,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             "pad_token_id": self.config.pad_token_id,
             "suppress_tokens": [self.config.image_token_id, self.config.audio_token_id],
         }
+        if self.generation_config.max_length is not None:
+            defaults.pop("max_new_tokens")  # a length was chosen, in another way
         for name, value in defaults.items():
             if getattr(self.generation_config, name, None) is None:
                 setattr(self.generation_config, name, value)
@@ -366,17 +393,19 @@ class MiniMindOGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`generation_mode` must be 'text', 'audio' or None, got {generation_config.generation_mode!r}."
             )
-        if not 0 <= generation_config.post_text_token_id < self.config.vocab_size:
+        post_text = generation_config.post_text_token_id
+        if not isinstance(post_text, int) or not 0 <= post_text < self.config.vocab_size:
             raise ValueError(
                 f"`post_text_token_id` must lie in the vocabulary, from 0 to {self.config.vocab_size - 1}, got "
-                f"{generation_config.post_text_token_id}."
+                f"{post_text!r}."
             )
         for name in ("audio_temperature", "audio_repetition_penalty"):
-            if not getattr(generation_config, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(generation_config, name)}.")
+            value = getattr(generation_config, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"`{name}` must be above 0, got {value!r}.")
         for name in ("audio_top_k", "audio_repetition_window"):
             value = getattr(generation_config, name)
-            if not isinstance(value, int) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"`{name}` must be an integer of at least 0, got {value}.")
         return generation_config, model_kwargs
 
@@ -471,13 +500,13 @@ class MiniMindOGenerationMixin(GenerationMixin):
         return (opened > last(self.config.bos_token_id)) & (opened > last(self.config.think_end_ids[0]))
 
     def _uniforms(self, seeds, num_rows: int, num_steps: int, device: torch.device) -> torch.FloatTensor | None:
-        """Every step's uniform numbers of each row `(num_rows, num_steps, 1 + num_codebooks)`, drawn from the row's
-        seed."""
+        """Each row's uniform numbers, drawn from its seed: `(num_rows, num_steps, 1 + num_codebooks)`."""
         if seeds is None:
             return None
-        seeds = [int(seed) for seed in seeds]
-        if len(seeds) != num_rows:
-            raise ValueError(f"`seeds` must hold one seed for each of the {num_rows} returned rows, got {len(seeds)}.")
+        seeds = seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds
+        if not isinstance(seeds, (list, tuple)) or len(seeds) != num_rows:
+            found = len(seeds) if isinstance(seeds, (list, tuple)) else repr(seeds)
+            raise ValueError(f"`seeds` must hold one seed for each of the {num_rows} returned rows, got {found}.")
         size = (num_steps, 1 + self.config.num_codebooks)
         # On the CPU, so that a seed means the same on every device.
         rows = [torch.rand(size, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
@@ -503,6 +532,13 @@ class MiniMindOGenerationMixin(GenerationMixin):
             model_kwargs.pop("audio_codes", None)
         do_sample = generation_config.do_sample
         max_steps = max(generation_config.max_length - prompt_length, 1)
+        cache = model_kwargs.get("past_key_values")
+        room = cache.get_max_length() if cache is not None and len(cache.layers) else -1
+        if 0 < room < generation_config.max_length - 1:
+            raise ValueError(
+                f"The cache has room for {room} positions, but prompt and answer may take "
+                f"{generation_config.max_length - 1}: make it larger, or lower `max_new_tokens`."
+            )
         uniforms = self._uniforms(generation_config.seeds, batch_size, max_steps, device)
         pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
         post_text = generation_config.post_text_token_id
@@ -582,11 +618,12 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 else:
                     token = scores.argmax(dim=-1)
                 is_broken = ~torch.isfinite(logits).all()
-                text_token = torch.where(text_ended, pad, token)
+                # A row that a criterion has ended says nothing more, though others go on.
+                text_was_live = ~text_ended & ~finished
+                text_token = torch.where(text_was_live, token, pad)
                 text_ids = torch.cat([text_ids, text_token[:, None]], dim=-1)
                 fed_token = torch.where(feed_post_text, post_text, text_token)
                 input_ids = torch.cat([input_ids, fed_token[:, None]], dim=-1)
-                text_was_live = ~text_ended
                 text_steps += text_was_live
                 for criterion in ends_text:
                     text_ended = text_ended | criterion(text_ids, scores)
@@ -666,9 +703,18 @@ class MiniMindOGenerationMixin(GenerationMixin):
             num_frames = int(audio_codes_mask.sum(dim=1).max()) if audio_codes_mask.numel() else 0
             audio_codes_mask = audio_codes_mask[:, :num_frames]
             audio_codes = audio_codes[..., :num_frames].masked_fill(~audio_codes_mask[:, None], 0)
+        # Speech outlasts its text; the cache goes no further than `sequences`, so that both can be continued together.
+        cache = model_kwargs.get("past_key_values")
+        # (With `inputs_embeds`, `sequences` has no prompt to compare with.)
+        excess = int(cache.get_seq_length()) - sequences.shape[1] if cache is not None and prompt_length else 0
+        if excess > 0:
+            if cache.is_croppable:
+                cache.crop(-excess)
+            else:
+                cache = None
         return MiniMindOGenerateOutput(
             sequences=sequences,
-            past_key_values=model_kwargs.get("past_key_values"),
+            past_key_values=cache,
             prompt_length=prompt_length,
             audio_codes=audio_codes,
             audio_codes_mask=audio_codes_mask,

@@ -85,16 +85,16 @@ class MiniMindOOutputWithPast(ModelOutput):
     Output of [`MiniMindOForConditionalGeneration`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `labels` or `audio_labels`):
+        loss (scalar `torch.FloatTensor`, *optional*, returned with `labels` or `audio_labels`):
             `text_loss + audio_loss + aux_loss`, of the parts that are there.
-        text_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `labels`):
+        text_loss (scalar `torch.FloatTensor`, *optional*, returned with `labels`):
             Mean cross-entropy over the labelled text positions; 0 without any.
-        audio_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `audio_labels`):
+        audio_loss (scalar `torch.FloatTensor`, *optional*, returned with `audio_labels`):
             Mean of `codebook_losses`.
         codebook_losses (`torch.FloatTensor` of shape `(num_codebooks,)`, *optional*, returned with `audio_labels`):
             Per codebook: cross-entropy, stops weighted by `config.audio_stop_weight`, summed and divided by the number
             of labelled positions; 0 without any.
-        aux_loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned by a mixture of experts in training mode):
+        aux_loss (scalar `torch.FloatTensor`, *optional*, returned by a mixture of experts in training mode):
             Load-balancing loss of both stacks' routers, already weighted.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
             Text scores; `None` with `skip_logits`, the default in training with labels.
@@ -206,6 +206,20 @@ class MiniMindOStack(MiniMindOPreTrainedModel):
         self.rotary_emb = rotary_class(config)
         self.gradient_checkpointing = False
 
+    # Where the whole model holds this stack. A checkpoint is always a whole model.
+    _attribute = ""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> Any:
+        """Loads a whole checkpoint, as [`MiniMindOForConditionalGeneration.from_pretrained`], and returns this
+        stack."""
+        model = MiniMindOForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        return getattr(model, cls._attribute)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Refused: a checkpoint is a whole model."""
+        raise ValueError(f"{type(self).__name__} is a part of a model: save the MiniMindOForConditionalGeneration.")
+
     def run_layers(
         self,
         hidden_states: torch.Tensor,
@@ -258,6 +272,8 @@ class MiniMindOThinkerModel(MiniMindOStack):
     Args:
         config ([`MiniMindOConfig`]): The whole model's configuration.
     """
+
+    _attribute = "model"
 
     def __init__(self, config: MiniMindOConfig):
         super().__init__(config.thinker_config, norm_eps=config.rms_norm_eps)
@@ -365,6 +381,8 @@ class MiniMindOTalkerModel(MiniMindOStack):
     Args:
         config ([`MiniMindOConfig`]): The whole model's configuration.
     """
+
+    _attribute = "talker"
 
     def __init__(self, config: MiniMindOConfig):
         super().__init__(
@@ -648,6 +666,14 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 f"({reason}). Download or convert the checkpoint again."
             ) from error
         missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+        surplus = sorted(
+            key for key in info["unexpected_keys"] if ".layers." in key and key.split(".")[0] in ("model", "talker")
+        )
+        if surplus:
+            raise ValueError(
+                f"'{pretrained_model_name_or_path}' has {len(surplus)} tensors of layers that its configuration does "
+                f"not have, among them {surplus[:3]}. Use the config.json that belongs to these weights."
+            )
         if mismatched and not ignore_mismatched_sizes:
             shown = "; ".join(
                 f"{key}: {tuple(found)} in the file, {tuple(wanted)} wanted" for key, found, wanted in mismatched[:5]
@@ -709,6 +735,10 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 "--audio-encoder SENSEVOICE`, or pass its outputs as `audio_hidden_states`."
             )
         config = self.config.audio_config
+        if not input_features.is_floating_point():
+            raise ValueError(
+                f"`input_features` must be floats, as the feature extractor makes them, got {input_features.dtype}."
+            )
         if input_features.dim() != 3 or input_features.shape[-1] != config.input_size:
             raise ValueError(
                 f"`input_features` must have the shape (clips, frames, {config.input_size}), got "
@@ -754,6 +784,10 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             )
         config = self.config.vision_config
         shape = (config.num_channels, config.image_size, config.image_size)
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be floats, as the image processor makes them, got {pixel_values.dtype}."
+            )
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != shape:
             raise ValueError(
                 f"`pixel_values` must have the shape (pictures, {', '.join(map(str, shape))}), got "

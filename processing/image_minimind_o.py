@@ -51,7 +51,10 @@ def load_image(source: ImageSource) -> PIL.Image.Image | np.ndarray | torch.Tens
         else:
             data = Path(source).read_bytes() if isinstance(source, (str, os.PathLike)) else bytes(source)
             image = PIL.Image.open(io.BytesIO(data))
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        image = PIL.ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip to white
+            image = image.point(lambda value: value / 256).convert("L")
+        return image.convert("RGB")
     except FileNotFoundError:
         raise
     except Exception as error:  # a broken file raises SyntaxError, ValueError, struct.error, ... by its format

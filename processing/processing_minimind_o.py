@@ -11,6 +11,7 @@ import numpy as np
 import soundfile
 import torch
 from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, MimiModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import _MARKED_RE, OmniModalProcessorMixin
@@ -546,7 +547,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         if load_audio_tokenizer and folder:
             hub_kwargs["subfolder"] = os.path.join(hub_kwargs.get("subfolder") or "", folder)
             try:
-                config["audio_tokenizer"] = MimiModel.from_pretrained(path, **hub_kwargs, **codec_kwargs)
+                config["audio_tokenizer"] = _load_codec(path, **hub_kwargs, **codec_kwargs)
             except OSError as error:
                 raise OSError(
                     f"cannot load the codec from {folder} in {path}: {error} (`load_audio_tokenizer=False` skips it)"
@@ -570,6 +571,18 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         else:
             image_processor = default_image_processor()
         return [feature_extractor, tokenizer, image_processor]
+
+
+def _load_codec(path, **kwargs) -> MimiModel:
+    """Loads the codec whole: transformers would fill what is missing with noise, and noise is what one would hear."""
+    try:
+        codec, info = MimiModel.from_pretrained(path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise OSError(f"The codec of {path} cannot be read, its file is damaged or incomplete ({error}).") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"The codec of {path} lacks {len(missing)} tensors, among them {missing[:3]}.")
+    return codec
 
 
 def default_image_processor():
@@ -610,7 +623,12 @@ def _source(block: Mapping[str, Any], keys: tuple[str, ...]):
 
 def _write_audio(waveform, path: Path, sampling_rate: int) -> None:
     if isinstance(waveform, torch.Tensor):
-        waveform = waveform.detach().float().cpu().numpy()
+        waveform = waveform.detach().cpu()
+        waveform = (waveform.float() if waveform.is_floating_point() else waveform).numpy()
+    if isinstance(waveform, np.ndarray) and not np.issubdtype(waveform.dtype, np.floating):
+        raise ValueError(
+            f"a waveform must hold floats from -1 to 1, got {waveform.dtype}: divide integers by their range"
+        )
     samples = np.asarray(waveform, dtype=np.float32)
     if samples.ndim != 1 or not np.isfinite(samples).all():
         raise ValueError(f"a waveform must be one-dimensional and finite, got shape {samples.shape}")

@@ -46,6 +46,7 @@ PUBLIC_NAMES = [
     "MiniMindOOutputWithPast",
     "MiniMindOPreTrainedModel",
     "MiniMindOProcessor",
+    "MiniMindOStackOutput",
     "MiniMindOStreamer",
     "MiniMindOTalkerModel",
     "MiniMindOThinkerModel",

@@ -21,8 +21,8 @@ LINTED := $(VENV)/.quality-installed
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed  ## ask a question; the answer is printed as it is generated, and spoken in reply.wav
-	HF_HUB_OFFLINE=1 $(BIN)/minimind-o chat --text "Hello, who are you?" --max-new-tokens 150 --out reply.wav
+demo: $(VENV)/.installed  ## ask a spoken question; the answer is printed as it is generated, and spoken in reply.wav
+	HF_HUB_OFFLINE=1 $(BIN)/minimind-o chat --audio tests/data/espeak_why_is_the_sky_blue.flac --max-new-tokens 150 --out reply.wav
 
 test: $(VENV)/.test-installed  ## run the tests, but for the slow ones
 	$(PYTEST) -n $(WORKERS) $(ARGS)

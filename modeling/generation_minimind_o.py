@@ -3,6 +3,7 @@
 Everything that touches transformers' private generation helpers is in this file.
 """
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -504,8 +505,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
         if seeds is None:
             return None
         seeds = seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds
-        if not isinstance(seeds, (list, tuple)) or len(seeds) != num_rows:
-            found = len(seeds) if isinstance(seeds, (list, tuple)) else repr(seeds)
+        if not isinstance(seeds, Sequence) or len(seeds) != num_rows:
+            found = len(seeds) if isinstance(seeds, Sequence) else repr(seeds)
             raise ValueError(f"`seeds` must hold one seed for each of the {num_rows} returned rows, got {found}.")
         size = (num_steps, 1 + self.config.num_codebooks)
         # On the CPU, so that a seed means the same on every device.

@@ -15,6 +15,13 @@ MODES = ("all", "thinker", "talker", "audio_proj", "vision_proj")
 FREEZE = ("none", "all", "last1")
 
 
+def _check_mode(mode: str, freeze_backbone: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
+    if freeze_backbone not in FREEZE:
+        raise ValueError(f"`freeze_backbone` must be one of {', '.join(FREEZE)}, got {freeze_backbone!r}.")
+
+
 @dataclass
 class MiniMindOTrainingArguments(TrainingArguments):
     """
@@ -54,10 +61,7 @@ class MiniMindOTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if self.freeze_backbone not in FREEZE:
-            raise ValueError(f"`freeze_backbone` must be one of {', '.join(FREEZE)}, got {self.freeze_backbone!r}.")
+        _check_mode(self.mode, self.freeze_backbone)
         if not 0 <= self.min_learning_rate_ratio <= 1:
             raise ValueError(f"`min_learning_rate_ratio` must be from 0 to 1, got {self.min_learning_rate_ratio}.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
@@ -74,10 +78,7 @@ def set_trainable(model: MiniMindOForConditionalGeneration, mode: str = "all", f
         mode (`str`): See [`MiniMindOTrainingArguments`].
         freeze_backbone (`str`): See [`MiniMindOTrainingArguments`].
     """
-    if mode not in MODES:
-        raise ValueError(f"`mode` must be one of {', '.join(MODES)}, got {mode!r}.")
-    if freeze_backbone not in FREEZE:
-        raise ValueError(f"`freeze_backbone` must be one of {', '.join(FREEZE)}, got {freeze_backbone!r}.")
+    _check_mode(mode, freeze_backbone)
     model.requires_grad_(False)
     parts: dict[str, list[nn.Module]] = {
         "thinker": [model.model, model.lm_head],

@@ -540,7 +540,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 f"The cache has room for {room} positions, but prompt and answer may take "
                 f"{generation_config.max_length - 1}: make it larger, or lower `max_new_tokens`."
             )
-        uniforms = self._uniforms(generation_config.seeds, batch_size, max_steps, device)
+        uniforms = self._uniforms(generation_config.seeds, batch_size, max_steps if do_sample else 0, device)
         pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
         post_text = generation_config.post_text_token_id
         ends_text = [c for c in stopping_criteria if isinstance(c, (EosTokenCriteria, StopStringCriteria))]

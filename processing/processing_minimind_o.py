@@ -22,7 +22,15 @@ from .audio_minimind_o import AudioSource, load_audio, split_clips
 from .chat_template_minimind_o import CHAT_TEMPLATE
 from .feature_extraction_minimind_o import MiniMindOFeatureExtractor
 from .image_minimind_o import ImageSource, load_image, split_images
-from .voices_minimind_o import VOICES_NAME, Voice, check_voice, check_voice_name, load_voices, save_voices
+from .voices_minimind_o import (
+    VOICES_NAME,
+    Voice,
+    check_voice,
+    check_voice_name,
+    load_voices,
+    save_voices,
+    written_whole,
+)
 
 # SigLIP2 base-patch32-256.
 IMAGE_PROCESSOR_DEFAULTS = {
@@ -640,14 +648,11 @@ def _write_audio(waveform, path: Path, sampling_rate: int) -> None:
     if not len(samples):
         samples = np.zeros(round(0.08 * sampling_rate), dtype=np.float32)
     subtype = "VORBIS" if file_format == "OGG" else "PCM_16"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        soundfile.write(partial, samples.clip(-1, 1), sampling_rate, subtype, format=file_format)
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            soundfile.write(partial, samples.clip(-1, 1), sampling_rate, subtype, format=file_format)
     except soundfile.SoundFileError as error:
         raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 __all__ = ["MiniMindOAnswer", "MiniMindOProcessor", "default_image_processor"]

@@ -1,7 +1,8 @@
 """Voices: what one is, how it is checked, and its file."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,17 @@ def check_voice_name(name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary sibling to write, which replaces `path` when the block ends without an exception."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_voices(voices: Mapping[str, Mapping[str, torch.Tensor]], path: str | os.PathLike) -> None:
     """Write voices to a safetensors file with tensors `NAME.ref_codes` and `NAME.spk_emb`, all or nothing."""
     path = Path(path)
@@ -84,12 +96,8 @@ def save_voices(voices: Mapping[str, Mapping[str, torch.Tensor]], path: str | os
         for name, parts in voices.items()
         for key, tensor in parts.items()
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_voices(path: str | os.PathLike) -> dict[str, dict[str, torch.Tensor]]:
@@ -105,4 +113,4 @@ def load_voices(path: str | os.PathLike) -> dict[str, dict[str, torch.Tensor]]:
     return voices
 
 
-__all__ = ["VOICES_NAME", "Voice", "check_voice", "check_voice_name", "load_voices", "save_voices"]
+__all__ = ["VOICES_NAME", "Voice", "check_voice", "check_voice_name", "load_voices", "save_voices", "written_whole"]

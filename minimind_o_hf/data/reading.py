@@ -41,8 +41,8 @@ class MiniMindODataset(torch.utils.data.Dataset):
     Conversations in parquet files as samples, by index. Rows stay on disk, memory-mapped.
 
     Args:
-        files (`str`, `os.PathLike` or a list of them): Parquet files of the original's schema, or patterns of their
-        names. processor ([`MiniMindOProcessor`]), config ([`MiniMindOConfig`]), settings ([`SampleSettings`]):
+        files (`str`, `os.PathLike` or a list of them): Parquet files, or patterns of their names.
+        processor ([`MiniMindOProcessor`]), config ([`MiniMindOConfig`]), settings ([`SampleSettings`]):
             See [`build_sample`].
         seed (`int`, defaults to 0): With the epoch and the index, what every random choice follows from.
     """

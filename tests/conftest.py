@@ -105,3 +105,27 @@ def tiny_model(tiny_config):
             return MiniMindOForConditionalGeneration(tiny_config(use_moe, **overrides)).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory) -> Path:
+    """A `nano` checkpoint folder, fresh for every test file."""
+    from minimind_o_hf.presets import init_checkpoint
+
+    return init_checkpoint("nano", tmp_path_factory.mktemp("checkpoints") / "nano")
+
+
+@pytest.fixture(scope="module")
+def processor(nano):
+    """The processor of the `nano` checkpoint."""
+    from minimind_o_hf import MiniMindOProcessor
+
+    return MiniMindOProcessor.from_pretrained(nano)
+
+
+@pytest.fixture(scope="module")
+def config(nano):
+    """The configuration of the `nano` checkpoint."""
+    from minimind_o_hf import MiniMindOConfig
+
+    return MiniMindOConfig.from_pretrained(nano)

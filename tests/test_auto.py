@@ -24,14 +24,9 @@ from minimind_o_hf import (
     MiniMindOForConditionalGeneration,
     MiniMindOProcessor,
 )
-from minimind_o_hf.presets import build_tokenizer, init_checkpoint
+from minimind_o_hf.presets import build_tokenizer
 
 AUTO_MODELS = [AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForTextToWaveform]
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    return init_checkpoint("nano", tmp_path_factory.mktemp("checkpoints") / "nano")
 
 
 @pytest.fixture

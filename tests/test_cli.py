@@ -12,14 +12,8 @@ import torch
 from minimind_o_hf import MiniMindOForConditionalGeneration
 from minimind_o_hf.chat import converse, load, message
 from minimind_o_hf.cli import _parser, main
-from minimind_o_hf.presets import init_checkpoint
 
 ESPEAK = Path(__file__).parent / "data" / "espeak_why_is_the_sky_blue.flac"
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    return init_checkpoint("nano", tmp_path_factory.mktemp("cli") / "nano")
 
 
 @pytest.fixture

@@ -15,29 +15,13 @@ import soundfile
 import torch
 from PIL import Image
 
-from minimind_o_hf import MiniMindOConfig, MiniMindOProcessor, load_audio
+from minimind_o_hf import load_audio
 from minimind_o_hf.cli import main
 from minimind_o_hf.data import MiniMindODataset, SampleSettings, building
 from minimind_o_hf.data.building import BuildSettings, build_data, encode_speech
-from minimind_o_hf.presets import init_checkpoint
 
 TEXTS = ["One apple.", "Two, or three?", "Four."]
 SECONDS = [0.5, 0.9, 0.3]
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    return init_checkpoint("nano", tmp_path_factory.mktemp("building") / "nano")
-
-
-@pytest.fixture(scope="module")
-def processor(nano):
-    return MiniMindOProcessor.from_pretrained(nano)
-
-
-@pytest.fixture(scope="module")
-def config(nano):
-    return MiniMindOConfig.from_pretrained(nano)
 
 
 def write_sine(path, seconds, frequency=200, rate=16000):

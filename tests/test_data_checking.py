@@ -11,27 +11,10 @@ import soundfile
 import torch
 from PIL import Image
 
-from minimind_o_hf import MiniMindOConfig, MiniMindOProcessor
 from minimind_o_hf.cli import main
 from minimind_o_hf.data import SampleSettings, build_sample, sample_generator
 from minimind_o_hf.data.checking import DataReport, check_files, check_row
 from minimind_o_hf.data.showing import _cells, draw_sample, show_sample
-from minimind_o_hf.presets import init_checkpoint
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    return init_checkpoint("nano", tmp_path_factory.mktemp("checking") / "nano")
-
-
-@pytest.fixture(scope="module")
-def processor(nano):
-    return MiniMindOProcessor.from_pretrained(nano)
-
-
-@pytest.fixture(scope="module")
-def config(nano):
-    return MiniMindOConfig.from_pretrained(nano)
 
 
 def chat(*turns):

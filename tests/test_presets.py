@@ -35,11 +35,6 @@ def tokenizer():
     return build_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    return init_checkpoint("nano", tmp_path_factory.mktemp("presets") / "nano")
-
-
 # ---- tokenizer ----
 
 

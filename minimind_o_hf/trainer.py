@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+from transformers.utils import logging
 
-from .data import MiniMindODataCollator
+from .checkpoints import WholeCheckpoints
+from .data import EpochSampler, MiniMindODataCollator, MiniMindODataset
 from .modeling import MiniMindOForConditionalGeneration
+
+logger = logging.get_logger(__name__)
 
 MODES = ("all", "thinker", "talker", "audio_proj", "vision_proj")
 FREEZE = ("none", "all", "last1")
@@ -41,6 +46,9 @@ class MiniMindOTrainingArguments(TrainingArguments):
             Weight of the stop code in the audio loss; the model's (10) by default.
         codebook_weights (`list[float]`, *optional*):
             Weights of the codebooks in the audio loss, one each; equal by default.
+
+    Further defaults: batches of similar lengths (`train_sampling_strategy="group_by_length"`; `"random"` for none),
+    and logs for tensorboard, where it is installed.
     """
 
     mode: str = field(default="all", metadata={"help": f"what is trained: {', '.join(MODES)}"})
@@ -55,6 +63,8 @@ class MiniMindOTrainingArguments(TrainingArguments):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine_with_min_lr"
+    train_sampling_strategy: str = "group_by_length"
+    report_to: None | str | list[str] = "tensorboard"
     # Scores of every position of both streams are not kept: the trainer reports what they say.
     prediction_loss_only: bool = True
     # Samples are objects with clips and pictures, which the collator turns into the model's arguments.
@@ -66,6 +76,12 @@ class MiniMindOTrainingArguments(TrainingArguments):
             raise ValueError(f"`min_learning_rate_ratio` must be from 0 to 1, got {self.min_learning_rate_ratio}.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": self.min_learning_rate_ratio}
+        if self.report_to == "tensorboard" and not is_tensorboard_available():
+            logger.warning("No tensorboard is installed (`pip install tensorboard`): nothing is logged for it.")
+            self.report_to = []
+        if self.ddp_find_unused_parameters is None:
+            # `compute_loss` touches what a batch may leave unused.
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
 
 
@@ -116,13 +132,20 @@ def initialize_talker_from_thinker(model: MiniMindOForConditionalGeneration) -> 
     return True
 
 
-class MiniMindOTrainer(Trainer):
+class MiniMindOTrainer(WholeCheckpoints, Trainer):
     """
     The Hugging Face Trainer for MiniMind-O.
 
     Losses are divided by the labels of all batches of one optimiser step, over accumulation steps and processes, for
     the text and for every codebook: 1 sample accumulated 8 times is a batch of 8. (The auxiliary loss of a mixture of
     experts is not linear in the batch; it is the mean of the batches'.)
+
+    Logged are both streams' losses, each codebook's, the auxiliary loss, each part's learning rate, and the shares of
+    tokens, codes and frames (all codes of one) that were predicted right.
+
+    Projectors and the speaker projection are trained on in every step, with a gradient of zero where a batch has no
+    speech, picture or voice, as in the original: all processes of DDP see all parameters, and weight decay does not
+    depend on what a batch holds.
 
     Args:
         model ([`MiniMindOForConditionalGeneration`] or a `PeftModel` of one):
@@ -143,14 +166,49 @@ class MiniMindOTrainer(Trainer):
         # With adapters, PEFT has decided what is trained.
         if isinstance(model, MiniMindOForConditionalGeneration):
             set_trainable(model, args.mode, args.freeze_backbone)
-        if isinstance(kwargs.get("data_collator"), MiniMindODataCollator):
-            kwargs["data_collator"].include_row_ids = True
+        collator = kwargs.get("data_collator")
+        if isinstance(collator, MiniMindODataCollator):
+            collator.include_row_ids = True
+            if collator.pack_length is not None and "flash" in str(model.config._attn_implementation):
+                raise ValueError(
+                    "Flash attention keeps packed samples apart in a single row only: leave `pack_length` out, got "
+                    f"{collator.pack_length}."
+                )
+        held_out = kwargs.get("eval_dataset")
+        held_out = held_out.values() if isinstance(held_out, dict) else [held_out]
+        if args.train_sampling_strategy == "group_by_length" and not all(
+            dataset is None or isinstance(dataset, MiniMindODataset)
+            for dataset in (kwargs.get("train_dataset"), *held_out)
+        ):
+            # Only these know their lengths without building every sample.
+            args.train_sampling_strategy = "random"
+        self._model_config: Any = model.config
         if args.stop_weight is not None:
             model.config.audio_stop_weight = args.stop_weight
         super().__init__(model, args, **kwargs)
         self.loss_is_scaled_for_ga = True
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=args.device))
+        self._sums = self._zeros()
+        self._counts = self._zeros()
         self._summed_steps: set[int] = set()
+
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        return defaultdict(lambda: torch.zeros((), device=self.args.device))
+
+    def _get_train_sampler(self, train_dataset=None):
+        """An order that follows from seed and epoch, grouped by length where the dataset knows its lengths."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if not isinstance(dataset, MiniMindODataset) or strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        group_size = self.args.train_batch_size * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(dataset, seed, group_size if strategy == "group_by_length" else None)
+
+    def _get_eval_sampler(self, eval_dataset):
+        """The longest first: neighbours are alike, and what is reported does not depend on the order."""
+        if isinstance(eval_dataset, MiniMindODataset):
+            return (-eval_dataset.lengths()).argsort(kind="stable").tolist()
+        return super()._get_eval_sampler(eval_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Labels of the text, then of each codebook, over the batches of one step and all processes: `(1 +
@@ -186,6 +244,8 @@ class MiniMindOTrainer(Trainer):
         row_ids = inputs.pop("row_ids", None)
         outputs = model(
             **inputs,
+            skip_logits=self.args.prediction_loss_only or model.training,
+            return_predictions=True,
             num_items_in_batch=None if counts is None else counts[0],
             num_audio_items_in_batch=None if counts is None else counts[1:],
         )
@@ -211,51 +271,84 @@ class MiniMindOTrainer(Trainer):
             )
         if model.training:
             self._add_up(parts, outputs.codebook_losses)
+            self._count(self._counts, inputs, outputs)
+            loss = loss + self._untouched(model)
         else:
-            self._count(inputs, outputs)
+            self._count(self._evaluated, inputs, outputs)
+            self._count_losses(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
+    def _untouched(self, model: nn.Module) -> torch.Tensor | float:
+        """Zero, and the gradient of zero of what a batch may leave out: projectors and the speaker projection."""
+        return sum(
+            0.0 * parameter.sum()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and {"audio_proj", "vision_proj", "spk_proj"} & set(name.split("."))
+        )
+
     @torch.no_grad()
-    def _count(self, inputs: dict[str, Any], outputs):
-        """Adds an evaluation batch to the sums its losses and accuracies are made of."""
-        for name, logits, labels in (
-            ("text", outputs.logits, inputs.get("labels")),
-            ("audio", outputs.audio_logits, inputs.get("audio_labels")),
+    def _count(self, counts: dict[str, torch.Tensor], inputs: dict[str, Any], outputs):
+        """Adds what a batch has of tokens, codes and whole frames, and how many of each were right."""
+        for name, labels, predictions in (
+            ("tokens", inputs.get("labels"), outputs.predictions),
+            ("codes", inputs.get("audio_labels"), outputs.audio_predictions),
         ):
-            if logits is None or labels is None:
+            if labels is None or predictions is None:
                 continue
-            targets = labels[..., 1:]
-            is_labelled = targets != -100
-            right = (logits[..., :-1, :].argmax(dim=-1) == targets) & is_labelled
-            if name == "text":
-                self._evaluated["tokens"] += is_labelled.sum()
-                self._evaluated["right_tokens"] += right.sum()
-                self._evaluated["text_loss"] += outputs.text_loss * is_labelled.sum()
-            else:
-                labelled_codes = is_labelled.sum(dim=(0, 2))
-                self._evaluated["codes"] += labelled_codes.sum()
-                self._evaluated["right_codes"] += right.sum()
-                self._evaluated["codebook_labels"] = self._evaluated["codebook_labels"] + labelled_codes
-                self._evaluated["codebook_losses"] = (
-                    self._evaluated["codebook_losses"] + outputs.codebook_losses * labelled_codes
-                )
+            labels, predictions = labels[..., 1:], predictions[..., 1:]
+            right = (predictions == labels) & (labels != -100)
+            counts[name] = counts[name] + (labels != -100).sum()
+            counts[f"right_{name}"] = counts[f"right_{name}"] + right.sum()
+            if name == "codes":
+                # A frame's codes stand one position later in each codebook.
+                codebooks = labels.shape[1]
+                width = max(0, labels.shape[2] - codebooks + 1)
+                frames = torch.stack([labels[:, i, i : i + width] for i in range(codebooks)])
+                stop = self._model_config.audio_stop_token
+                is_frame = ((frames != -100) & (frames != stop)).all(dim=0)
+                all_right = torch.stack([right[:, i, i : i + width] for i in range(codebooks)]).all(dim=0)
+                counts["frames"] = counts["frames"] + is_frame.sum()
+                counts["right_frames"] = counts["right_frames"] + (all_right & is_frame).sum()
+
+    @torch.no_grad()
+    def _count_losses(self, inputs: dict[str, Any], outputs):
+        """Adds an evaluation batch's losses, by its labels."""
+        sums = self._evaluated
+        if outputs.text_loss is not None:
+            sums["text_loss"] = sums["text_loss"] + outputs.text_loss * (inputs["labels"][:, 1:] != -100).sum()
+        if outputs.codebook_losses is not None:
+            labelled_codes = (inputs["audio_labels"][..., 1:] != -100).sum(dim=(0, 2))
+            sums["codebook_labels"] = sums["codebook_labels"] + labelled_codes
+            sums["codebook_losses"] = sums["codebook_losses"] + outputs.codebook_losses * labelled_codes
+
+    def _accuracies(self, counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Shares of right tokens, codes and frames, of counts over all processes; none where there are no labels."""
+        return {
+            f"{name[:-1]}_accuracy": counts[f"right_{name}"] / counts[name]
+            for name in ("tokens", "codes", "frames")
+            if name in counts and counts[name] > 0
+        }
 
     def evaluation_loop(self, dataloader, description: str, *args, metric_key_prefix: str = "eval", **kwargs):
         """As [`Trainer.evaluation_loop`], with each stream's loss and accuracy, over all labels and processes."""
-        self._evaluated = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._evaluated = self._zeros()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums: dict[str, Any] = {
             name: self.accelerator.reduce(value, reduction="sum") for name, value in self._evaluated.items()
         }
-        figures = {}
-        if "tokens" in sums:
+        figures = self._accuracies(sums)
+        losses = []
+        if "text_loss" in sums:
             figures["text_loss"] = sums["text_loss"] / sums["tokens"].clamp(min=1)
-            figures["token_accuracy"] = sums["right_tokens"] / sums["tokens"].clamp(min=1)
-        if "codes" in sums:
-            losses = sums["codebook_losses"] / sums["codebook_labels"].clamp(min=1)
-            figures["audio_loss"] = losses.mean()
-            figures |= {f"codebook_{index}_loss": value for index, value in enumerate(losses)}
-            figures["code_accuracy"] = sums["right_codes"] / sums["codes"].clamp(min=1)
+            losses.append(figures["text_loss"])
+        if "codebook_losses" in sums:
+            of_codebooks = sums["codebook_losses"] / sums["codebook_labels"].clamp(min=1)
+            figures["audio_loss"] = of_codebooks.mean()
+            figures |= {f"codebook_{index}_loss": value for index, value in enumerate(of_codebooks)}
+            losses.append(figures["audio_loss"])
+        if losses:
+            # Over all labels; the Trainer's own is the mean of the batches' means.
+            figures["loss"] = torch.stack(losses).sum()
         metrics: Any = output.metrics
         metrics.update({f"{metric_key_prefix}_{name}": value.item() for name, value in figures.items()})
         return output
@@ -280,6 +373,11 @@ class MiniMindOTrainer(Trainer):
                 gathered: Any = self.accelerator.gather(self._sums[name].view(1))
                 logs[name] = gathered.mean().item() / steps
             self._sums.clear()
+            counts: Any = {
+                name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(self._counts.items())
+            }
+            logs |= {name: value.item() for name, value in self._accuracies(counts).items()}
+            self._counts.clear()
             for group in self.optimizer.param_groups if self.optimizer is not None else []:
                 if "part" in group:
                     logs[f"{group['part']}_learning_rate"] = group["lr"]

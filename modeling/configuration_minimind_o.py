@@ -104,6 +104,8 @@ class MiniMindOConfig(PreTrainedConfig):
         "codebook_losses",
         "aux_loss",
         "audio_logits",
+        "predictions",
+        "audio_predictions",
         "past_key_values",
     ]
     sub_configs_defaults = {

@@ -101,6 +101,10 @@ class MiniMindOOutputWithPast(ModelOutput):
         audio_logits (`torch.FloatTensor` of shape `(batch_size, num_codebooks, sequence_length, audio_vocab_size)`,
         *optional*):
             Code scores; `None` likewise, and where the Talker did not run.
+        predictions (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            With `return_predictions`, the most likely token where `labels` has one (aligned with it), -100 elsewhere.
+        audio_predictions (`torch.LongTensor` of shape `(batch_size, num_codebooks, sequence_length)`, *optional*):
+            The same of `audio_labels`.
         past_key_values (`Cache`, *optional*):
             Keys and values of the Thinker's layers, then of the Talker's.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
@@ -116,6 +120,8 @@ class MiniMindOOutputWithPast(ModelOutput):
     aux_loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     audio_logits: torch.FloatTensor | None = None
+    predictions: torch.LongTensor | None = None
+    audio_predictions: torch.LongTensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -434,17 +440,19 @@ class MiniMindOTalkerModel(MiniMindOStack):
                 The Thinker's hidden states after its bridge layer.
             audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, sequence_length)`):
                 Codes at the same positions.
-            speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)`, *optional*):
-                Voices; a row of zeros has none.
+            speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)` or `(batch_size,
+            sequence_length, spk_emb_size)`, *optional*):
+                Voices, of a row or at each position; zeros are none.
             attention_mask, position_ids, past_key_values:
                 As the Thinker's.
         """
         codec = self.embed_tokens(audio_codes)
         if speaker_embeddings is not None:
+            if speaker_embeddings.dim() == 2:
+                speaker_embeddings = speaker_embeddings.unsqueeze(1)
             # A row without a voice keeps its codes' embedding, so that its batch does not change it.
-            is_speaker = (audio_codes[:, 0] == self.speaker_code) & (speaker_embeddings != 0).any(-1, keepdim=True)
-            speaker = self.spk_proj(speaker_embeddings.to(codec.dtype)).unsqueeze(1)
-            codec = torch.where(is_speaker.unsqueeze(-1), speaker, codec)
+            is_speaker = (audio_codes[:, 0] == self.speaker_code) & (speaker_embeddings != 0).any(-1)
+            codec = torch.where(is_speaker.unsqueeze(-1), self.spk_proj(speaker_embeddings.to(codec.dtype)), codec)
         hidden_states = (
             self.embed_proj(bridge_hidden_state) * self.text_scale + self.codec_proj(codec) * self.audio_scale
         )
@@ -499,6 +507,24 @@ def _at_labels(hidden_states: torch.Tensor, labels: torch.LongTensor) -> tuple[t
     if targets.dim() == 3:
         return selected, targets.transpose(1, 2)[is_labelled].T.unsqueeze(0)
     return selected, targets[is_labelled].unsqueeze(0)
+
+
+@torch.no_grad()
+def _predictions(scores: torch.Tensor, labels: torch.LongTensor) -> torch.LongTensor:
+    """The best of the scores that the losses are made of, laid out as the labels, -100 where there is none."""
+    best = scores.argmax(dim=-1)
+    targets = labels[..., 1:].to(best.device)
+    predictions = torch.full_like(labels, -100, device=best.device)
+    if best.shape == targets.shape:
+        predictions[..., 1:] = best
+    else:  # one row of the positions that `_at_labels` selects
+        is_labelled = targets != -100
+        if is_labelled.dim() == 3:
+            positions = is_labelled.any(dim=1).nonzero(as_tuple=True)
+            predictions[positions[0], :, positions[1] + 1] = best[0].T
+        else:
+            predictions[:, 1:][is_labelled] = best[0]
+    return predictions.masked_fill(labels.to(best.device) == -100, -100)
 
 
 def _text_loss(
@@ -882,6 +908,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         logits_to_keep: int | torch.Tensor = 0,
         run_talker: bool = True,
         skip_logits: bool | None = None,
+        return_predictions: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_audio_items_in_batch: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -896,7 +923,9 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 1 for positions to attend to, 0 for batch padding. Never made from `input_ids != pad`: pad also stands
                 under speech that outlasts its text.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Positions of the rotary embeddings.
+                Positions of the rotary embeddings. Where they start again within a row, and there is neither a mask
+                nor a cache, the row is packed: its sequences do not see each other (flash attention: in a batch of one
+                row only).
             past_key_values (`Cache`, *optional*):
                 Keys and values of the Thinker's layers, then of the Talker's. Any transformers Cache made for this
                 config.
@@ -913,14 +942,16 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             image_hidden_states (`torch.FloatTensor` of shape `(pictures, image_token_len, image_hidden_size)`,
             *optional*):
                 The vision encoder's outputs, in place of `pixel_values`.
-            speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)`, *optional*):
-                What stands where the first codebook's code is `config.audio_spk_token`. A row of zeros has no voice.
+            speaker_embeddings (`torch.FloatTensor` of shape `(batch_size, spk_emb_size)` or `(batch_size,
+            sequence_length, spk_emb_size)`, *optional*):
+                What stands where the first codebook's code is `config.audio_spk_token`: a row's voice, or one at each
+                position, for packed rows. Zeros are no voice.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Text labels aligned with `input_ids` (shifted inside), -100 where there is none.
             audio_labels (`torch.LongTensor` of shape `(batch_size, num_codebooks, sequence_length)`, *optional*):
                 Code labels aligned with `audio_codes`, likewise.
             use_cache (`bool`, *optional*):
-                Whether to return `past_key_values`.
+                Whether to return `past_key_values`; with labels, not by default.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Scores of the last positions only (0: all), or of the positions of a 1-D tensor.
             run_talker (`bool`, defaults to `True`):
@@ -928,6 +959,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             skip_logits (`bool`, *optional*):
                 Whether the heads run at labelled positions only, which gives the same losses for far less time and
                 memory, and no `logits` and `audio_logits`. The default in training mode where there are labels.
+            return_predictions (`bool`, defaults to `False`):
+                Whether to return `predictions` and `audio_predictions`, for accuracies.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Divisor of the text loss in place of this batch's number of labelled positions: the number over all
                 batches of one optimiser step.
@@ -953,7 +986,9 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         inputs_embeds = self._embed_pictures(input_ids, inputs_embeds, pixel_values, image_hidden_states)
 
         if use_cache is None:
-            use_cache = self.config.use_cache and not (self.training and self.model.gradient_checkpointing)
+            # Labels end a sequence: a cache of it would only take memory, and hide that a row is packed.
+            use_cache = self.config.use_cache and labels is None and audio_labels is None
+            use_cache = use_cache and not (self.training and self.model.gradient_checkpointing)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         if position_ids is None:
@@ -990,9 +1025,10 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 (batch_size, self.config.num_codebooks, length),
                 check_values=not is_decoding,
             )
-            if speaker_embeddings is not None and speaker_embeddings.shape != (batch_size, self.config.spk_emb_size):
+            shapes = [(batch_size, self.config.spk_emb_size), (batch_size, length, self.config.spk_emb_size)]
+            if speaker_embeddings is not None and tuple(speaker_embeddings.shape) not in shapes:
                 raise ValueError(
-                    f"`speaker_embeddings` must have the shape {(batch_size, self.config.spk_emb_size)}, got "
+                    f"`speaker_embeddings` must have the shape {shapes[0]} or {shapes[1]}, got "
                     f"{tuple(speaker_embeddings.shape)}."
                 )
             talker = self.talker(
@@ -1010,7 +1046,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         elif audio_labels is not None:
             raise ValueError("`audio_labels` need the Talker: pass `run_talker=True`.")
 
-        text_loss = audio_loss = codebook_losses = aux_loss = loss = None
+        text_loss = audio_loss = codebook_losses = aux_loss = loss = predictions = audio_predictions = None
         if labels is not None:
             _check_integers("labels", labels, (batch_size, length))
             size = self.config.vocab_size
@@ -1023,9 +1059,12 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             )
             if skip_logits:
                 hidden_states, targets = _at_labels(thinker.last_hidden_state, labels)
-                text_loss = _text_loss(self.lm_head(hidden_states), targets, num_items_in_batch)
+                scores = self.lm_head(hidden_states)
             else:
-                text_loss = _text_loss(logits[:, :-1], labels[:, 1:].to(logits.device), num_items_in_batch)
+                scores, targets = logits[:, :-1], labels[:, 1:].to(logits.device)
+            text_loss = _text_loss(scores, targets, num_items_in_batch)
+            if return_predictions:
+                predictions = _predictions(scores, labels)
         if audio_labels is not None:
             self._check_codes(
                 "audio_labels", audio_labels, (batch_size, self.config.num_codebooks, length), ignored=-100
@@ -1043,6 +1082,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 float(self.config.audio_stop_weight),
             )
             audio_loss = codebook_losses.mean()
+            if return_predictions:
+                audio_predictions = _predictions(scores, audio_labels)
         if is_moe_training:
             aux_loss = self.config.router_aux_loss_coef * load_balancing_loss(
                 thinker.router_logits, self.config.num_experts_per_tok
@@ -1063,6 +1104,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             aux_loss=aux_loss,
             logits=logits,
             audio_logits=audio_logits,
+            predictions=predictions,
+            audio_predictions=audio_predictions,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=thinker.hidden_states,
             attentions=thinker.attentions,

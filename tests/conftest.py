@@ -129,3 +129,70 @@ def config(nano):
     from minimind_o_hf import MiniMindOConfig
 
     return MiniMindOConfig.from_pretrained(nano)
+
+
+@pytest.fixture(scope="session")
+def mixed_parquet(tmp_path_factory) -> Path:
+    """
+    24 conversations for `nano` of mixed lengths: text to speech, speech to speech, pictures to text, and several
+    turns; some with a voice. Two of the recordings are the same.
+    """
+    import io
+
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import soundfile
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+
+    def recording(seconds):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, 0.1 * random.standard_normal(int(seconds * 16000)), 16000, format="WAV")
+        return buffer.getvalue()
+
+    def picture(colour):
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30), colour).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def codes(frames):
+        return random.integers(512, size=8 * frames).tolist()
+
+    def turn(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    said = recording(0.7)
+    rows = []
+    for number in range(24):
+        kind, frames = number % 4, int(random.integers(4, 40))
+        row = {"conversations": turn(f"Say {number}.", f"It is {number}. " * (1 + number % 3))}
+        if kind == 0:
+            row["answer_audios"] = [codes(frames)]
+        elif kind == 1:
+            row |= {
+                "question_audios": [said if number in (1, 5) else recording(random.uniform(0.3, 1.5))],
+                "answer_audios": [codes(frames)],
+            }
+        elif kind == 2:
+            row |= {"conversations": turn("<image>\nWhat is this?", "A colour."), "image_bytes": [picture(number)]}
+        else:
+            row["conversations"] = turn("One?", "Two.") + turn("Three?", "Four, five and six.")
+            row |= {"answer_audios": [codes(5), codes(frames)], "question_audios": [None, recording(0.5)]}
+        if number % 3:
+            row |= {"spk_emb": random.standard_normal(192).tolist(), "ref_audios": codes(9)}
+        rows.append({**row, "conversations": json.dumps(row["conversations"])})
+    schema = pa.schema(
+        [
+            ("conversations", pa.string()),
+            ("question_audios", pa.list_(pa.binary())),
+            ("answer_audios", pa.list_(pa.list_(pa.int64()))),
+            ("image_bytes", pa.list_(pa.binary())),
+            ("ref_audios", pa.list_(pa.int64())),
+            ("spk_emb", pa.list_(pa.float32())),
+        ]
+    )
+    path = tmp_path_factory.mktemp("mixed") / "mixed.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+    return path

@@ -54,7 +54,7 @@ def test_there_is_a_recipe_for_every_stage():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipes_fit_the_script(script, tmp_path, recipe):
     options = ["--model", "x", "--train_files", "y", "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    _, data, arguments = script.parse([str(recipe), *options])
+    _, data, _, arguments = script.parse([str(recipe), *options])
     mode = {"projector": "audio_proj" if "a2a" in recipe.stem else "vision_proj"}.get(
         recipe.stem.split("_")[-1], "all"
     )

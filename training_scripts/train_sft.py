@@ -7,12 +7,12 @@
 CPU-sized, a minute on two cores:
 
     minimind-o init nano nano
-    python training_scripts/train_sft.py --model nano --train_files small.parquet --output_dir runs/try --max_steps 20
-    \
-        --per_device_train_batch_size 2 --max_length 256 --use_cpu true
+    python training_scripts/train_sft.py --model nano --train_files small.parquet --output_dir runs/try \
+        --max_steps 20 --per_device_train_batch_size 2 --max_length 256 --use_cpu true
 
 A YAML file holds any of the options, and the command line wins over it. A run that was interrupted goes on where its
-last checkpoint stands when it is started again. `--output_dir` ends up as a complete checkpoint.
+last checkpoint stands when it is started again. `--output_dir` ends up as a complete checkpoint (or adapter), with
+`training_curves.png` and a model card that tells how it was made.
 """
 
 import logging
@@ -27,14 +27,17 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from minimind_o_hf.adapters import lora_config
 from minimind_o_hf.data import (
+    FeatureCache,
     FeatureMasking,
     MiniMindODataCollator,
     MiniMindODataset,
     MiniMindOIterableDataset,
     SampleSettings,
     SpeechAugmentation,
+    cache_features,
 )
 from minimind_o_hf.trainer import MiniMindOTrainer, MiniMindOTrainingArguments, initialize_talker_from_thinker
+from minimind_o_hf.training_report import SampleCallback, write_training_report
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +67,44 @@ class DataArguments:
     max_length: int = field(default=512, metadata={"help": "longest sequence, in positions; longer ones are cut"})
     streaming: bool = field(default=False, metadata={"help": "read from front to back; needs --max_steps"})
     shuffle_buffer: int = field(default=1000, metadata={"help": "with --streaming: rows to draw from (0: in order)"})
-    augment: bool = field(default=True, metadata={"help": "augment input speech and mask its features"})
+    augment: bool | None = field(
+        default=None, metadata={"help": "augment input speech and mask its features (on, but with --cache_features)"}
+    )
+    cache_features: str | None = field(
+        default=None, metadata={"help": "folder that keeps what the frozen encoders return, computed before training"}
+    )
+    cache_dtype: str = field(default="float32", metadata={"help": "of the kept features: float32 or bfloat16"})
     swap_probability: float = field(default=0.05, metadata={"help": "scheduled sampling of codes and text (0: off)"})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "round batch lengths up"})
+    packing: bool = field(default=False, metadata={"help": "lay samples one after another in place of padding"})
+    pack_length: int | None = field(
+        default=None, metadata={"help": "length of packed rows (one row; flash attention needs that)"}
+    )
+
+    def __post_init__(self):
+        if self.augment and self.cache_features:
+            raise ValueError("Cached features are those of the speech as it is: use --augment or --cache_features.")
+        if self.augment is None:
+            self.augment = self.cache_features is None
 
 
-def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, MiniMindOTrainingArguments]:
+@dataclass
+class SampleArguments:
+    """What it says while it is trained."""
+
+    sample_steps: int | None = field(default=None, metadata={"help": "answer the prompts every so many steps"})
+    sample_prompts: list[str] = field(
+        default_factory=lambda: ["Hello, who are you?", "你好，请介绍一下你自己。"], metadata={"help": "what is asked"}
+    )
+    sample_voice: str | None = field(default=None, metadata={"help": "voice of the answers"})
+    sample_tokens: int = field(default=128, metadata={"help": "longest answer, in steps of 80 ms"})
+
+
+def parse(
+    arguments: list[str],
+) -> tuple[ModelArguments, DataArguments, SampleArguments, MiniMindOTrainingArguments]:
     """Options of the command line over those of a YAML file, if the first one is its name."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, MiniMindOTrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, SampleArguments, MiniMindOTrainingArguments))
     if arguments and not arguments[0].startswith("-"):
         settings = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8")) or {}
         known = {action.dest for action in parser._actions}
@@ -86,7 +119,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, MiniMind
 
 def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
     """Trains, saves and reports; returns the trainer."""
-    model_args, data_args, args = parse(sys.argv[1:] if arguments is None else arguments)
+    model_args, data_args, sample_args, args = parse(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO)
 
     model = AutoModelForMultimodalLM.from_pretrained(
@@ -104,6 +137,9 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
             lora_config(model_args.adapter, rank=model_args.adapter_rank, train_codec=model_args.train_codec),
         )
 
+    features = None
+    if data_args.cache_features:
+        features = cached_features(model, processor, data_args, args)
     swap = data_args.swap_probability
     settings = SampleSettings(
         max_length=data_args.max_length,
@@ -114,23 +150,41 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
     if data_args.streaming:
         # The Trainer's loader splits what one process reads, so each process may read everything.
         train = MiniMindOIterableDataset(
-            data_args.train_files, processor, config, settings, args.seed, shuffle_buffer=data_args.shuffle_buffer
+            data_args.train_files,
+            processor,
+            config,
+            settings,
+            args.seed,
+            shuffle_buffer=data_args.shuffle_buffer,
+            features=features,
         )
     else:
-        train = MiniMindODataset(data_args.train_files, processor, config, settings, args.seed)
+        train = MiniMindODataset(data_args.train_files, processor, config, settings, args.seed, features)
     held_out = None
     if data_args.eval_files:
-        held_out = MiniMindODataset(
-            data_args.eval_files, processor, config, SampleSettings.deterministic(data_args.max_length), args.seed
-        )
+        unchanged = SampleSettings.deterministic(data_args.max_length)
+        held_out = MiniMindODataset(data_args.eval_files, processor, config, unchanged, args.seed, features)
     collator = MiniMindODataCollator(
         processor,
         config,
         pad_to_multiple_of=data_args.pad_to_multiple_of,
         feature_masking=FeatureMasking() if data_args.augment else None,
+        packing=data_args.packing,
+        pack_length=data_args.pack_length,
     )
 
     trainer = MiniMindOTrainer(model, args, train_dataset=train, eval_dataset=held_out, data_collator=collator)
+    if sample_args.sample_steps:
+        trainer.add_callback(
+            SampleCallback(
+                trainer,
+                processor,
+                sample_args.sample_prompts,
+                sample_args.sample_steps,
+                sample_args.sample_tokens,
+                sample_args.sample_voice,
+            )
+        )
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     result = trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
@@ -140,7 +194,36 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
         trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
         processor.save_pretrained(args.output_dir)
+        told = {
+            "base model": model_args.model,
+            "adapter": model_args.adapter,
+            "training data": data_args.train_files,
+            "longest sequence": data_args.max_length,
+            "input speech": "augmented" if data_args.augment else "as it is",
+            "scheduled sampling": data_args.swap_probability,
+        }
+        write_training_report(trainer, args.output_dir, {name: value for name, value in told.items() if value})
     return trainer
+
+
+def cached_features(model, processor, data_args: DataArguments, args: MiniMindOTrainingArguments) -> FeatureCache:
+    """The frozen encoders' outputs for all files, each process computing its share."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.to(args.device)
+    for files in filter(None, (data_args.train_files, data_args.eval_files)):
+        rows = MiniMindODataset(files, processor, base.config).rows
+        cache = cache_features(
+            rows,
+            base,
+            processor,
+            data_args.cache_features,
+            data_args.cache_dtype,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+    if args.world_size > 1:
+        torch.distributed.barrier()
+    return FeatureCache(cache.directory)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import glob
 import os
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from datasets import IterableDataset, load_dataset
 from datasets.distributed import split_dataset_by_node
@@ -12,6 +13,8 @@ from pyarrow import parquet
 from minimind_o_hf.modeling import MiniMindOConfig
 from minimind_o_hf.processing import MiniMindOProcessor
 
+from .features import FeatureCache
+from .lengths import LengthEstimates
 from .samples import Sample, SampleSettings, build_sample, sample_generator
 
 
@@ -45,6 +48,7 @@ class MiniMindODataset(torch.utils.data.Dataset):
         processor ([`MiniMindOProcessor`]), config ([`MiniMindOConfig`]), settings ([`SampleSettings`]):
             See [`build_sample`].
         seed (`int`, defaults to 0): With the epoch and the index, what every random choice follows from.
+        features ([`FeatureCache`], *optional*): The encoders' outputs, in place of clips and pictures.
     """
 
     def __init__(
@@ -54,15 +58,32 @@ class MiniMindODataset(torch.utils.data.Dataset):
         config: MiniMindOConfig,
         settings: SampleSettings | None = None,
         seed: int = 0,
+        features: FeatureCache | None = None,
     ):
         self.rows = load_dataset("parquet", data_files=_paths(files), split="train")
         self.processor, self.config = processor, config
         self.settings = settings or SampleSettings()
-        self.seed, self.epoch = seed, 0
+        self.seed, self.features = seed, features
+        # In shared memory: loader workers that live through several epochs hear of the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._estimates: LengthEstimates | None = None
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int):
         """Makes other random choices than in the epochs before; the same again after a restart."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
+
+    def lengths(self) -> np.ndarray:
+        """
+        About how long each sample of the present epoch is, in positions, `(len(self),)`: what batches of similar
+        lengths are made by. Texts are counted in characters and recordings by their headers; nothing is decoded.
+        """
+        if self._estimates is None:
+            self._estimates = LengthEstimates(self.rows, self.processor, self.config)
+        return self._estimates.of_epoch(self.settings, self.seed, self.epoch)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,7 +99,7 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
     its own rows.
 
     Args:
-        files, processor, config, settings, seed: As [`MiniMindODataset`].
+        files, processor, config, settings, seed, features: As [`MiniMindODataset`].
         rank (`int`, defaults to 0), world_size (`int`, defaults to 1): This process and how many there are.
         shuffle_buffer (`int`, defaults to 0): Rows held back to be drawn from at random; 0 keeps the order.
     """
@@ -93,6 +114,7 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         shuffle_buffer: int = 0,
+        features: FeatureCache | None = None,
     ):
         paths = _paths(files)
         sizes = [parquet.read_metadata(path).num_rows for path in paths]
@@ -104,7 +126,7 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
         self.rows = split_dataset_by_node(rows, rank, world_size)
         self.processor, self.config = processor, config
         self.settings = settings or SampleSettings()
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.features = seed, 0, features
 
     def set_epoch(self, epoch: int):
         """Makes other random choices, and another order, than in the epochs before; the same again after a restart."""
@@ -119,7 +141,7 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
 def _build(dataset: MiniMindODataset | MiniMindOIterableDataset, row: dict, index: int) -> Sample:
     random = sample_generator(dataset.seed, dataset.epoch, index)
     try:
-        sample = build_sample(row, dataset.processor, dataset.config, dataset.settings, random)
+        sample = build_sample(row, dataset.processor, dataset.config, dataset.settings, random, dataset.features)
     except (ValueError, OSError) as error:
         raise ValueError(f"Row {index} cannot be trained on: {error}") from error
     sample.row_id = index

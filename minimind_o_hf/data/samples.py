@@ -16,6 +16,7 @@ from minimind_o_hf.modeling import MiniMindOConfig, apply_delay_pattern, place_v
 from minimind_o_hf.processing import MiniMindOProcessor, load_audio
 
 from .augmentation import SpeechAugmentation
+from .features import FeatureCache
 
 IMAGE_MARK = "<image>"
 EMPTY_THINK = "<think>\n\n</think>\n\n"
@@ -212,8 +213,12 @@ class Sample:
         input_ids (`torch.LongTensor` of shape `(length,)`), labels (the same).
         audio_codes (`torch.LongTensor` of shape `(num_codebooks, length)`), audio_labels (the same).
         speaker_embedding (`torch.FloatTensor` of shape `(spk_emb_size,)`, *optional*).
-        clips (`list[np.ndarray]`): Input speech, float32 at 16 kHz, in reading order.
-        images (`list[bytes]`): Encoded pictures, in reading order.
+        clips (`list[np.ndarray | torch.Tensor]`):
+            Input speech in reading order: waveforms `(num_samples,)`, float32 at 16 kHz, or, from a cache, the speech
+            encoder's outputs `(num_frames, audio_hidden_size)`.
+        images (`list[bytes | torch.Tensor]`):
+            Pictures in reading order: encoded, or the vision encoder's outputs `(image_token_len,
+            image_hidden_size)`.
         feature_seed (`int`): Seeds what happens to the speech features (masking).
         row_id (`int`): Index of the row it was made from, -1 where there is none.
     """
@@ -223,8 +228,8 @@ class Sample:
     audio_codes: torch.LongTensor
     audio_labels: torch.LongTensor
     speaker_embedding: torch.FloatTensor | None
-    clips: list[np.ndarray]
-    images: list[bytes]
+    clips: list[np.ndarray | torch.Tensor]
+    images: list[bytes | torch.Tensor]
     feature_seed: int = 0
     row_id: int = -1
 
@@ -246,6 +251,7 @@ def build_sample(
     config: MiniMindOConfig,
     settings: SampleSettings,
     random: np.random.Generator,
+    features: FeatureCache | None = None,
 ) -> Sample:
     """
     Makes one training sample.
@@ -256,6 +262,7 @@ def build_sample(
         config ([`MiniMindOConfig`]): The model's.
         settings ([`SampleSettings`]): What is random, and the longest sequence.
         random (`np.random.Generator`): See [`sample_generator`].
+        features ([`FeatureCache`], *optional*): The encoders' outputs, in place of clips and pictures.
 
     Raises:
         ValueError, OSError: A row that cannot be trained on, an audio file that cannot be decoded.
@@ -277,12 +284,17 @@ def build_sample(
     if add_system and messages[0]["role"] != "system" and tools is None:
         messages.insert(0, {"role": "system", "content": system})
 
-    clips = _add_speech(messages, row, processor, settings, random)
-    images = _add_picture(messages, row, processor, settings, random)
+    clips: list[Any] = _add_speech(messages, row, processor, settings, random, features)
+    images: list[Any] = _add_picture(messages, row, processor, settings, random)
+    if features is not None:
+        images = [features.picture(image) for image in images]
     text = render(messages)
     if random.random() < settings.drop_empty_think:
         text = text.replace(EMPTY_THINK, "")
-    frames = [processor.feature_extractor.num_frames(len(clip)) for clip in clips]
+    frames = [
+        len(clip) if isinstance(clip, torch.Tensor) else processor.feature_extractor.num_frames(len(clip))
+        for clip in clips
+    ]
     text, _ = processor.get_text_with_replacements(
         [text],
         images_replacements=[processor.image_token * processor.image_token_len for _ in images],
@@ -309,7 +321,9 @@ def build_sample(
     return sample
 
 
-def _add_speech(messages, row: Row, processor, settings: SampleSettings, random) -> list[np.ndarray]:
+def _add_speech(
+    messages, row: Row, processor, settings: SampleSettings, random, features: FeatureCache | None
+) -> list[np.ndarray | torch.Tensor]:
     """Puts a speech placeholder into the last user turn, where that turn has a recording; returns the recording."""
     turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
     kind = random.choice(
@@ -324,9 +338,12 @@ def _add_speech(messages, row: Row, processor, settings: SampleSettings, random)
     content = messages[turns[-1]]["content"] or ""
     if kind == 1 and content:
         return []
-    clip = load_audio(recording, target_rate=processor.feature_extractor.sampling_rate)
-    if settings.augmentation is not None:
-        clip = settings.augmentation(clip, processor.feature_extractor.sampling_rate, random)
+    if features is not None:
+        clip = features.speech(recording)
+    else:
+        clip = load_audio(recording, target_rate=processor.feature_extractor.sampling_rate)
+        if settings.augmentation is not None:
+            clip = settings.augmentation(clip, processor.feature_extractor.sampling_rate, random)
     token = processor.audio_token
     if kind == 0 or not content:
         content = token

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,8 @@ class WholeCheckpoints(Trainer):
             yield staging
             self.accelerator.wait_for_everyone()
         except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            # torch.save has no error class of its own; others, of a process group among them, are none of this.
+            if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", str(error)):
                 raise
             last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
             kept = f"a new start goes on from {last}" if last else "no checkpoint is there"

@@ -1,7 +1,9 @@
 """What a run leaves to look at: samples spoken while it trains, its curves, and a section of the model card."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +152,7 @@ def describe_training(trainer: "MiniMindOTrainer", settings: Mapping[str, Any] |
     """
     state, model = trainer.state, trainer.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    args = trainer.args.to_diff_dict()
+    args = _changed(trainer.args)
     rows = {
         **(settings or {}),
         "mode": trainer.args.mode,
@@ -160,7 +162,7 @@ def describe_training(trainer: "MiniMindOTrainer", settings: Mapping[str, Any] |
         "samples a step": trainer.args.train_batch_size
         * trainer.args.gradient_accumulation_steps
         * trainer.args.world_size,
-        **{name: value for name, value in args.items() if not _UNTOLD.search(name) and value not in (None, [], {})},
+        **{name: value for name, value in args.items() if not _UNTOLD.search(name)},
     }
     figures: dict[str, tuple[Any, Any]] = {}
     for entry in state.log_history:
@@ -173,6 +175,17 @@ def describe_training(trainer: "MiniMindOTrainer", settings: Mapping[str, Any] |
     lines += ["", "| figure | first logged | last logged |", "|---|---|---|"]
     lines += [f"| {name.replace('_', ' ')} | {first:.4f} | {last:.4f} |" for name, (first, last) in figures.items()]
     return "\n".join(lines) + "\n"
+
+
+def _changed(args: Any) -> dict[str, Any]:
+    """The arguments that are not what they are by default."""
+    changed = {}
+    for item in fields(args):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        value = getattr(args, item.name)
+        if item.init and value != default and value not in (None, [], {}):
+            changed[item.name] = getattr(value, "value", value)  # enumerations by their value
+    return changed
 
 
 def _cell(value: Any) -> str:
@@ -195,7 +208,10 @@ def write_training_report(
     folder = Path(directory)
     plot_training_curves(trainer.state.log_history, folder / "training_curves.png")
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else _new_card(settings or {})
+    settings = settings or {}
+    # PEFT writes a form to be filled in; it is replaced.
+    is_new = not card.exists() or ("adapter" in settings and SECTION[0] not in card.read_text(encoding="utf-8"))
+    text = _new_card(settings) if is_new else card.read_text(encoding="utf-8")
     section = f"{SECTION[0]}\n{describe_training(trainer, settings)}{SECTION[1]}\n"
     if all(mark in text for mark in SECTION):
         before, _, rest = text.partition(SECTION[0])
@@ -208,6 +224,12 @@ def write_training_report(
 
 def _new_card(settings: Mapping[str, Any]) -> str:
     base = settings.get("base model")
+    if "adapter" in settings:
+        return (
+            f"---\nlibrary_name: peft\nbase_model: {json.dumps(base)}\ntags: [minimind-o, lora]\n---\n"
+            f"# An adapter for MiniMind-O\n\nA LoRA adapter for `{base}`. Load it with `PeftModel.from_pretrained` on "
+            "that model, after `import minimind_o_hf`.\n"
+        )
     origin = f", fine-tuned from `{base}`" if base else ""
     return (
         "---\nlibrary_name: transformers\npipeline_tag: any-to-any\ntags: [minimind-o]\n---\n"

@@ -154,7 +154,12 @@ def program(tmp_path, tiny_config):
 @pytest.mark.parametrize(
     ("what", "status"),
     # In the weights; in the optimiser's state, which is written after them; killed in either.
-    [("full300000", 1), ("full1500000", 1), ("kill300000", -signal.SIGXFSZ), ("kill1500000", -signal.SIGXFSZ)],
+    [
+        pytest.param("full300000", 1, marks=pytest.mark.slow),
+        ("full1500000", 1),
+        pytest.param("kill300000", -signal.SIGXFSZ, marks=pytest.mark.slow),
+        ("kill1500000", -signal.SIGXFSZ),
+    ],
 )
 def test_a_full_disk_and_a_kill_while_saving(program, tmp_path, what, status):
     done = program(what)

@@ -18,6 +18,7 @@ from minimind_o_hf.modeling import MiniMindOConfig
 from minimind_o_hf.processing import MiniMindOProcessor, load_audio
 from minimind_o_hf.processing.image_minimind_o import load_image
 
+from .rows import open_parquet
 from .samples import IMAGE_MARK, Row, Sample, SampleSettings, build_sample, read_row, sample_generator
 
 FRAME_RATE = 12.5  # Mimi's, frames a second
@@ -237,7 +238,7 @@ class _RowGroups(torch.utils.data.Dataset):
         path, group, first = self.groups[index]
         reports = []
         try:
-            with parquet.ParquetFile(path) as file:
+            with open_parquet(path) as file:
                 # Small batches: a row may hold megabytes of sound and pictures.
                 for batch in file.iter_batches(batch_size=16, row_groups=[group]):
                     for row in batch.to_pylist():

@@ -18,6 +18,8 @@ from minimind_o_hf.modeling import MiniMindOForConditionalGeneration
 from minimind_o_hf.processing import MiniMindOProcessor, load_audio
 from minimind_o_hf.processing.image_minimind_o import load_image
 
+from .rows import ROW_PAGES, MappedFiles, MappedRows
+
 # One pass of an encoder: clips of 60 ms frames, padding included, or pictures.
 BATCH_FRAMES = 4096
 BATCH_PICTURES = 32
@@ -55,8 +57,14 @@ class FeatureCache:
     def _open(self):
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._places: dict[str, dict[bytes, int]] = {}
+        self._mapped: dict[str, MappedFiles] = {}
         for kind in ("speech", "pictures"):
-            tables = [_read_part(part) for part in sorted(self.directory.glob(f"{kind}-*.arrow"))]
+            parts = sorted(self.directory.glob(f"{kind}-*.arrow"))
+            try:
+                self._mapped[kind] = MappedFiles(parts)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"The features in {self.directory} cannot be read: {error}") from error
+            tables = list(map(_read_part, parts, self._mapped[kind].buffers))
             table = pa.concat_tables(tables or [SCHEMA.empty_table()])
             self._columns[kind] = table.column("states")
             self._places[kind] = {
@@ -85,6 +93,7 @@ class FeatureCache:
                 "they were cached. Run the caching again."
             )
         states = np.frombuffer(self._columns[kind][place].as_buffer(), dtype=np.uint8).copy()
+        self._mapped[kind].count(len(states) + ROW_PAGES)
         return torch.from_numpy(states).view(self.dtype).view(self._columns[f"{kind}_rows"][place].as_py(), -1)
 
     def speech(self, recording: bytes) -> torch.Tensor:
@@ -106,9 +115,9 @@ class FeatureCache:
         return self._get("pictures", image)
 
 
-def _read_part(part: Path) -> pa.Table:
+def _read_part(part: Path, buffer: pa.Buffer) -> pa.Table:
     try:
-        return pa.ipc.open_file(pa.memory_map(str(part))).read_all()
+        return pa.ipc.open_file(buffer).read_all()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{part} is damaged ({error}): remove it and cache the features again.") from error
 
@@ -213,7 +222,7 @@ def cache_features(
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if isinstance(rows, datasets.Dataset):
+    if isinstance(rows, (datasets.Dataset, MappedRows)):
         # Codes as Python lists would take longer to read than clips.
         names = [name for name in ("question_audios", "image_bytes") if name in rows.column_names]
         rows = rows.select_columns(names) if names else ()

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import soundfile
@@ -13,6 +12,7 @@ import torch
 from minimind_o_hf.modeling import MiniMindOConfig
 from minimind_o_hf.processing import MiniMindOProcessor
 
+from .rows import MappedRows
 from .samples import IMAGE_MARK, TOKEN_RESERVE, SampleSettings, sample_generator
 
 # Tokens of a message that are not its content: its role and its end.
@@ -31,27 +31,23 @@ class LengthEstimates:
     take the time of an epoch.
 
     Args:
-        rows ([`datasets.Dataset`]): The original's schema.
+        rows ([`MappedRows`]): The original's schema.
         processor ([`MiniMindOProcessor`]), config ([`MiniMindOConfig`]): As [`build_sample`].
     """
 
-    def __init__(self, rows: datasets.Dataset, processor: MiniMindOProcessor, config: MiniMindOConfig):
+    def __init__(self, rows: MappedRows, processor: MiniMindOProcessor, config: MiniMindOConfig):
         self._processor, self._config = processor, config
-        columns = {name: rows.data.column(name) for name in rows.column_names}
-        dialogues = [_messages(text.as_py()) for text in columns["conversations"]]
+        texts = rows.select_columns(["conversations"])
+        dialogues = [_messages(text["conversations"]) for text in texts]
         sample = "\n".join(content for messages in dialogues[:CALIBRATION_ROWS] for _, content in messages)
         self._per_character = len(processor.tokenizer(sample, add_special_tokens=False)["input_ids"]) / (
             len(sample) or 1
         )
         # Per row: the estimates for each end, and the tokens of the text alone, by which dialogues are cut.
-        self._rows = [
-            self._estimate(
-                messages,
-                _items(columns.get("answer_audios"), index),
-                _items(columns.get("question_audios"), index),
-            )
-            for index, messages in enumerate(dialogues)
-        ]
+        self._rows = []
+        for index, messages in enumerate(dialogues):
+            row = rows.arrow(index)
+            self._rows.append(self._estimate(messages, _items(row, "answer_audios"), _items(row, "question_audios")))
 
     def _estimate(self, messages: list[tuple[str, str]], answers: list, questions: list) -> list[tuple[int, int]]:
         ends, tokens, extra, turn, speech = [], 0.0, 0, 0, 0
@@ -105,9 +101,9 @@ def _messages(conversations: Any) -> list[tuple[str, str]]:
         return []
 
 
-def _items(column: pa.ChunkedArray | None, index: int) -> list:
-    """The scalars of one row of a column of lists, without copying what they hold."""
-    value = None if column is None else column[index]
+def _items(row: pa.RecordBatch, name: str) -> list:
+    """The scalars of a column of lists, without copying what they hold."""
+    value = row.column(name)[0] if name in row.column_names else None
     return list(value) if value is not None and value.is_valid else []
 
 

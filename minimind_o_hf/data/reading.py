@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from datasets import IterableDataset, load_dataset
+from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from pyarrow import parquet
 
@@ -15,7 +15,11 @@ from minimind_o_hf.processing import MiniMindOProcessor
 
 from .features import FeatureCache
 from .lengths import LengthEstimates
+from .rows import MappedRows, read_batches, row_bytes
 from .samples import Sample, SampleSettings, build_sample, sample_generator
+
+# What the shuffle buffer of one process may hold.
+SHUFFLE_BYTES = 128 * 2**20
 
 
 def _paths(files: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
@@ -31,17 +35,17 @@ def _numbered_rows(paths: list[str], offsets: list[int]) -> Iterator[dict]:
     """Rows with their index over all files: `datasets` counts anew in each process."""
     for path, offset in zip(paths, offsets, strict=True):
         index = offset
-        with parquet.ParquetFile(path) as file:
-            # Small batches: a row may hold megabytes of sound and pictures.
-            for batch in file.iter_batches(batch_size=16):
-                for row in batch.to_pylist():
-                    yield {**row, "_index": index}
-                    index += 1
+        for batch in read_batches(path):
+            for row in range(batch.num_rows):
+                # A copy: a slice would keep its whole batch in the shuffle buffer. As Arrow holds it: codes as Python
+                # integers are several times as large.
+                yield {"row": batch.take([row]), "index": index}
+                index += 1
 
 
 class MiniMindODataset(torch.utils.data.Dataset):
     """
-    Conversations in parquet files as samples, by index. Rows stay on disk, memory-mapped.
+    Conversations in parquet files as samples, by index. Rows stay on disk, memory-mapped ([`MappedRows`]).
 
     Args:
         files (`str`, `os.PathLike` or a list of them): Parquet files, or patterns of their names.
@@ -60,7 +64,7 @@ class MiniMindODataset(torch.utils.data.Dataset):
         seed: int = 0,
         features: FeatureCache | None = None,
     ):
-        self.rows = load_dataset("parquet", data_files=_paths(files), split="train")
+        self.rows = MappedRows(_paths(files))
         self.processor, self.config = processor, config
         self.settings = settings or SampleSettings()
         self.seed, self.features = seed, features
@@ -101,7 +105,8 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
     Args:
         files, processor, config, settings, seed, features: As [`MiniMindODataset`].
         rank (`int`, defaults to 0), world_size (`int`, defaults to 1): This process and how many there are.
-        shuffle_buffer (`int`, defaults to 0): Rows held back to be drawn from at random; 0 keeps the order.
+        shuffle_buffer (`int`, defaults to 0): Rows held back to be drawn from at random; 0 keeps the order. Fewer
+            where rows are so large that they would take more than 128 MiB, in each process that reads.
     """
 
     def __init__(
@@ -117,12 +122,14 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
         features: FeatureCache | None = None,
     ):
         paths = _paths(files)
-        sizes = [parquet.read_metadata(path).num_rows for path in paths]
+        metadata = [parquet.read_metadata(path) for path in paths]
+        sizes = [file.num_rows for file in metadata]
         offsets = [sum(sizes[:part]) for part in range(len(sizes))]
         # Lists are split over processes and loader workers; a row's number, and so its choices, does not depend on it.
         rows = IterableDataset.from_generator(_numbered_rows, gen_kwargs={"paths": paths, "offsets": offsets})
         if shuffle_buffer:
-            rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+            fitting = max(1, SHUFFLE_BYTES // row_bytes(metadata))
+            rows = rows.shuffle(seed=seed, buffer_size=min(shuffle_buffer, fitting))
         self.rows = split_dataset_by_node(rows, rank, world_size)
         self.processor, self.config = processor, config
         self.settings = settings or SampleSettings()
@@ -135,7 +142,7 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Sample]:
         for row in self.rows:
-            yield _build(self, row, row["_index"])
+            yield _build(self, row["row"].to_pylist()[0], row["index"])
 
 
 def _build(dataset: MiniMindODataset | MiniMindOIterableDataset, row: dict, index: int) -> Sample:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyarrow import ArrowException, parquet
+from pyarrow import ArrowException
 
 from minimind_o_hf.files import new_file
 from minimind_o_hf.modeling import MiniMindOConfig, revert_delay_pattern
 from minimind_o_hf.processing import MiniMindOProcessor
 
+from .rows import open_parquet
 from .samples import Row, Sample, SampleSettings, build_sample, read_row, sample_generator
 
 POSITIONS_A_LINE = 40
@@ -45,7 +46,7 @@ def save_png(figure: Any, path: str | os.PathLike) -> None:
 def read_parquet_row(path: str | os.PathLike, number: int) -> dict[str, Any]:
     """Reads row `number`, counted from 0, of a parquet file."""
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             if not 0 <= number < file.metadata.num_rows:
                 raise ValueError(f"{path} has rows 0 to {file.metadata.num_rows - 1}, not {number}.")
             for group in range(file.metadata.num_row_groups):

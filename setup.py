@@ -20,8 +20,8 @@ TORCHVISION = "torchvision>=0.26,<0.30"
 EXTRAS = {
     # The "any-to-any" pipeline insists on torchvision for models that take pictures.
     "pipeline": [TORCHVISION],
-    # Adapters, and pictures of training data.
-    "train": ["peft>=0.17", "matplotlib>=3.8"],
+    # Adapters, pictures of training data, and logs.
+    "train": ["peft>=0.17", "matplotlib>=3.8", "tensorboard>=2.15"],
     # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
     "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5"],

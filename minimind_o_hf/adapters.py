@@ -1,6 +1,11 @@
 """LoRA adapters for the Thinker, the Talker or both, with PEFT."""
 
-from peft import LoraConfig
+import os
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+
+from .modeling import MiniMindOForConditionalGeneration
 
 PRESETS = ("thinker", "talker", "all")
 _LAYERS = r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
@@ -48,4 +53,29 @@ def lora_config(
     )
 
 
-__all__ = ["PRESETS", "lora_config"]
+def merge_adapter(
+    model: MiniMindOForConditionalGeneration, adapter: str | os.PathLike, **kwargs
+) -> MiniMindOForConditionalGeneration:
+    """
+    Merges a trained adapter into its base model, which then speaks as the adapted one did, at no cost.
+
+    Args:
+        model ([`MiniMindOForConditionalGeneration`]): The base; it is changed.
+        adapter (`str` or `os.PathLike`): Directory or Hub id of the adapter.
+        **kwargs: Further arguments of [`PeftModel.from_pretrained`].
+
+    Raises:
+        ValueError: It is no adapter, or one of a model of other sizes.
+    """
+    try:
+        merged: Any = PeftModel.from_pretrained(model, os.fspath(adapter), **kwargs)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"The adapter {adapter} cannot be put on {model.name_or_path or 'this model'}: {reason}. Use the model it "
+            "was trained on."
+        ) from error
+    return merged.merge_and_unload()
+
+
+__all__ = ["PRESETS", "lora_config", "merge_adapter"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor, TextStreamer, set_seed
+from transformers.utils import is_peft_available
 
 from .modeling import MiniMindOForConditionalGeneration
 from .presets import default_checkpoint
@@ -33,6 +34,7 @@ class TerminalStreamer(TextStreamer):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `minimind-o chat`."""
     parser.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: an untrained nano)")
+    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter trained on the model: directory or Hub id")
     parser.add_argument("--text", metavar="T", help="what to say; with --audio or --image, said along with them")
     parser.add_argument(
         "--audio", metavar="FILE", action="append", default=[], help="speech to listen to (repeatable)"
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(
-    model_id: str | None, device: str, dtype: str | None
+    model_id: str | None, device: str, dtype: str | None, adapter: str | None = None
 ) -> tuple[MiniMindOForConditionalGeneration, MiniMindOProcessor]:
     """
     Loads a checkpoint's model and processor.
@@ -66,6 +68,7 @@ def load(
     Args:
         model_id (`str`, *optional*): Directory or Hub id; the untrained nano of the cache directory by default.
         device (`str`), dtype (`str`, *optional*): Where and in which precision the model runs.
+        adapter (`str`, *optional*): An adapter to merge into the model; needs PEFT.
     """
     if model_id is None:
         print(
@@ -76,6 +79,12 @@ def load(
     elif not Path(model_id).exists() and "/" not in model_id:
         raise FileNotFoundError(f"There is no directory {model_id}, and a Hub id has the form OWNER/NAME.")
     model = AutoModelForMultimodalLM.from_pretrained(model_id, dtype=dtype or "auto")
+    if adapter is not None:
+        if not is_peft_available():
+            raise ValueError("--adapter needs PEFT: pip install peft")
+        from .adapters import merge_adapter
+
+        model = merge_adapter(model, adapter)
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -216,7 +225,7 @@ def run(options: argparse.Namespace) -> None:
     """Runs `minimind-o chat` with parsed options."""
     if options.seed is not None:
         set_seed(options.seed)
-    model, processor = load(options.model, options.device, options.dtype)
+    model, processor = load(options.model, options.device, options.dtype, options.adapter)
     check(options, processor)
     if options.text is None and not options.audio and not options.image:
         converse(model, processor, options)

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.utils import logging
 
 from .checkpoints import WholeCheckpoints
 from .data import EpochSampler, MiniMindODataCollator, MiniMindODataset
 from .modeling import MiniMindOForConditionalGeneration
+from .sharding import ShardedTraining
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +81,7 @@ class MiniMindOTrainingArguments(TrainingArguments):
             logger.warning("No tensorboard is installed (`pip install tensorboard`): nothing is logged for it.")
             self.report_to = []
         if self.ddp_find_unused_parameters is None:
-            # `compute_loss` touches what a batch may leave unused.
+            # `compute_loss` passes empty inputs for what a batch may leave unused.
             self.ddp_find_unused_parameters = False
         super().__post_init__()
 
@@ -132,7 +133,7 @@ def initialize_talker_from_thinker(model: MiniMindOForConditionalGeneration) -> 
     return True
 
 
-class MiniMindOTrainer(WholeCheckpoints, Trainer):
+class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
     """
     The Hugging Face Trainer for MiniMind-O.
 
@@ -242,6 +243,8 @@ class MiniMindOTrainer(WholeCheckpoints, Trainer):
         counts = num_items_in_batch if model.training else None
         inputs = dict(inputs)
         row_ids = inputs.pop("row_ids", None)
+        if model.training:
+            inputs |= self._absent(inputs)
         outputs = model(
             **inputs,
             skip_logits=self.args.prediction_loss_only or model.training,
@@ -272,19 +275,28 @@ class MiniMindOTrainer(WholeCheckpoints, Trainer):
         if model.training:
             self._add_up(parts, outputs.codebook_losses)
             self._count(self._counts, inputs, outputs)
-            loss = loss + self._untouched(model)
         else:
             self._count(self._evaluated, inputs, outputs)
             self._count_losses(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _untouched(self, model: nn.Module) -> torch.Tensor | float:
-        """Zero, and the gradient of zero of what a batch may leave out: projectors and the speaker projection."""
-        return sum(
-            0.0 * parameter.sum()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and {"audio_proj", "vision_proj", "spk_proj"} & set(name.split("."))
-        )
+    def _absent(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """
+        No speech, no pictures and voices of zeros, for a batch without: projectors and the speaker projection get a
+        gradient of zero, at the same point of the backward pass as in a process whose batch has some. (ZeRO adds up
+        gradients in the order in which they arrive; in another order, those of different parameters.)
+        """
+        config, ids = self._model_config, inputs["input_ids"]
+        shapes = {
+            ("audio_hidden_states", "input_features"): (0, 1, config.audio_hidden_size),
+            ("image_hidden_states", "pixel_values"): (0, config.image_token_len, config.image_hidden_size),
+            ("speaker_embeddings",): (len(ids), config.spk_emb_size),
+        }
+        return {
+            names[0]: torch.zeros(shape, device=ids.device)
+            for names, shape in shapes.items()
+            if all(inputs.get(name) is None for name in names)
+        }
 
     @torch.no_grad()
     def _count(self, counts: dict[str, torch.Tensor], inputs: dict[str, Any], outputs):
@@ -338,10 +350,10 @@ class MiniMindOTrainer(WholeCheckpoints, Trainer):
         }
         figures = self._accuracies(sums)
         losses = []
-        if "text_loss" in sums:
+        if sums.get("tokens", 0) > 0:
             figures["text_loss"] = sums["text_loss"] / sums["tokens"].clamp(min=1)
             losses.append(figures["text_loss"])
-        if "codebook_losses" in sums:
+        if sums.get("codes", 0) > 0:
             of_codebooks = sums["codebook_losses"] / sums["codebook_labels"].clamp(min=1)
             figures["audio_loss"] = of_codebooks.mean()
             figures |= {f"codebook_{index}_loss": value for index, value in enumerate(of_codebooks)}
@@ -369,15 +381,18 @@ class MiniMindOTrainer(WholeCheckpoints, Trainer):
         if "loss" in logs and self._sums:
             steps = len(self._summed_steps)
             self._summed_steps.clear()
-            for name in sorted(self._sums):
-                gathered: Any = self.accelerator.gather(self._sums[name].view(1))
-                logs[name] = gathered.mean().item() / steps
-            self._sums.clear()
             counts: Any = {
                 name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(self._counts.items())
             }
-            logs |= {name: value.item() for name, value in self._accuracies(counts).items()}
             self._counts.clear()
+            for name in sorted(self._sums):
+                gathered: Any = self.accelerator.gather(self._sums[name].view(1))
+                # Without a label of its kind, a loss is 0 and says nothing.
+                of = {"text_loss": "tokens", "audio_loss": "codes"}.get(name, "codes" if "codebook" in name else "")
+                if not of or counts.get(of, 0) > 0:
+                    logs[name] = gathered.mean().item() / steps
+            self._sums.clear()
+            logs |= {name: value.item() for name, value in self._accuracies(counts).items()}
             for group in self.optimizer.param_groups if self.optimizer is not None else []:
                 if "part" in group:
                     logs[f"{group['part']}_learning_rate"] = group["lr"]

@@ -35,6 +35,29 @@ from minimind_o_hf.data import (
 from minimind_o_hf.presets import build_tokenizer
 
 
+def test_files_of_different_columns_are_read_together(tmp_path, processor, config):
+    chat = json.dumps([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}])
+    pq.write_table(pa.table({"conversations": [chat]}), tmp_path / "1.parquet")
+    spoken = {"conversations": [chat], "answer_audios": pa.array([[list(range(16))]], pa.list_(pa.list_(pa.int32())))}
+    pq.write_table(pa.table(spoken), tmp_path / "2.parquet")
+    large = {
+        "conversations": pa.array([chat], pa.large_string()),
+        "answer_audios": pa.array([[list(range(24))]], pa.large_list(pa.large_list(pa.int64()))),
+        "spk_emb": pa.array([[1.0] * 192], pa.list_(pa.float32())),
+    }
+    pq.write_table(pa.table(large), tmp_path / "3.parquet")
+    settings = SampleSettings.deterministic(128)
+    for dataset in (
+        MiniMindODataset(tmp_path / "*.parquet", processor, config, settings),
+        MiniMindOIterableDataset(tmp_path / "*.parquet", processor, config, settings),
+    ):
+        stops = [int((sample.audio_labels == config.audio_stop_token).sum()) for sample in dataset]
+        assert stops == [0, 8, 8]
+    pq.write_table(pa.table({"conversations": [chat], "spk_emb": ["a voice"]}), tmp_path / "4.parquet")
+    with pytest.raises(ValueError, match="cannot be read together"):
+        MiniMindODataset(tmp_path / "*.parquet", processor, config, settings)
+
+
 def make_processor(tokenizer):
     return MiniMindOProcessor(MiniMindOFeatureExtractor(), tokenizer, default_image_processor())
 

@@ -60,6 +60,7 @@ PUBLIC_NAMES = [
 NEEDED_INDIRECTLY = {
     "accelerate": "`device_map` of `from_pretrained`",
     "jinja2": "chat templates, rendered by transformers",
+    "tensorboard": "logs of the Trainer",
     "torchvision": "the any-to-any pipeline of transformers",
 }
 IMPORT_NAMES = {"pillow": "PIL"}

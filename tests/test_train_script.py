@@ -16,6 +16,7 @@ from minimind_o_hf.presets import init_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "training_scripts"
 RECIPES = sorted((SCRIPTS / "recipes").glob("*/*.yaml"))
+STAGES = [path for path in RECIPES if path.parent.name != "voice"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_there_is_a_recipe_for_every_stage():
     assert len([path for path in RECIPES if path.parent.name == "full"]) == 7
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("recipe", STAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipes_fit_the_script(script, tmp_path, recipe):
     options = ["--model", "x", "--train_files", "y", "--output_dir", str(tmp_path), "--use_cpu", "true"]
     _, data, _, arguments = script.parse([str(recipe), *options])

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,6 +251,73 @@ def test_overfitted_conversations_are_answered_exactly(tiny_model, tmp_path, use
         assert row[: len(text)].tolist() == text.tolist()
         assert outputs.audio_codes_mask[index].sum() == codes.shape[1]
         assert torch.equal(outputs.audio_codes[index, :, : codes.shape[1]], codes)
+
+
+def test_accuracies_count_labels(train, tiny_model):
+    model = tiny_model(audio_config=None, vision_config=None)
+    samples = make_samples(8)
+    trainer = train(model=model, samples=samples, per_device_train_batch_size=8, max_steps=1, learning_rate=0.0)
+    batch = {name: value for name, value in collate(samples).items() if name != "row_ids"}
+    with torch.no_grad():
+        output = model.eval()(**batch, return_predictions=True)
+    labels, codes = batch["labels"][:, 1:], batch["audio_labels"][:, :, 1:]
+    right = output.logits[:, :-1].argmax(-1) == labels
+    right_codes = output.audio_logits[:, :, :-1].argmax(-1) == codes
+    logs = trainer.state.log_history[0]
+    assert logs["token_accuracy"] == pytest.approx((right[labels != -100]).float().mean().item())
+    assert logs["code_accuracy"] == pytest.approx((right_codes[codes != -100]).float().mean().item())
+    # Aligned with the labels, and nothing where there is none.
+    assert torch.equal(
+        output.predictions[batch["labels"] == -100],
+        output.predictions.new_full((1,), -100).expand(int((batch["labels"] == -100).sum())),
+    )
+    assert torch.equal(output.predictions[:, 1:][labels != -100], output.logits[:, :-1].argmax(-1)[labels != -100])
+
+
+def test_frames_are_diagonals(train, tiny_config):
+    trainer = train(max_steps=1)
+    stop = tiny_config().audio_stop_token
+    # Codebook i of frame f stands at position 2 + i + f: three frames, then stops.
+    labels = torch.full((1, 8, 16), -100)
+    for codebook in range(8):
+        labels[0, codebook, 2 + codebook : 5 + codebook] = torch.tensor([1, 2, 3])
+        labels[0, codebook, 5 + codebook] = stop
+    predictions = labels.clone()
+    predictions[0, 4, 2 + 4 + 1] = 9  # one code of the second frame is wrong
+    counts = trainer._zeros()
+    output = SimpleNamespace(predictions=None, audio_predictions=predictions)
+    trainer._count(counts, {"audio_labels": labels}, output)
+    assert {name: int(value) for name, value in counts.items()} == {
+        "codes": 32,
+        "right_codes": 31,
+        "frames": 3,
+        "right_frames": 2,
+    }
+
+
+def test_figures_without_labels_are_left_out(train):
+    silent = make_samples(12)
+    for sample in silent:
+        sample["audio_labels"] = torch.full_like(sample["audio_labels"], -100)
+    trainer = train(samples=silent, per_device_train_batch_size=4)
+    for entry in trainer.state.log_history[:3]:
+        assert "text_loss" in entry
+        assert not {"audio_loss", "code_accuracy", "codebook_0_loss"} & entry.keys()
+    metrics = trainer.evaluate(silent)
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_text_loss"])
+    assert "eval_audio_loss" not in metrics
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_the_same(train, backend, use_moe):
+    plain = train(use_moe, per_device_train_batch_size=8)
+    torch.compiler.reset()
+    compiled = train(
+        use_moe, per_device_train_batch_size=8, torch_compile=True, torch_compile_backend=backend, max_steps=3
+    )
+    for name in ("loss", "text_loss", "audio_loss", "grad_norm"):
+        assert logged(compiled, name) == pytest.approx(logged(plain, name), rel=1e-3 if use_moe else 1e-4), name
 
 
 SCRIPT = """

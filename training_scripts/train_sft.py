@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import peft
 import torch
 import yaml
 from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser
@@ -130,8 +131,6 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
         logger.warning("The Talker's layers have other sizes than the Thinker's: they start at random.")
     config = model.config
     if model_args.adapter is not None:
-        import peft
-
         model = peft.get_peft_model(
             model,
             lora_config(model_args.adapter, rank=model_args.adapter_rank, train_codec=model_args.train_codec),
@@ -188,12 +187,13 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     result = trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
-    trainer.save_state()
     trainer.save_metrics("train", result.metrics)
     if held_out is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
     if trainer.is_world_process_zero():
-        processor.save_pretrained(args.output_dir)
+        if model_args.adapter is None:
+            processor.save_pretrained(args.output_dir)
         told = {
             "base model": model_args.model,
             "adapter": model_args.adapter,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from datasets import Features
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import parquet
@@ -73,7 +74,22 @@ class _Parquet(Parquet):
     def _generate_tables(self, files: list[str], row_groups_list: list) -> Iterator[tuple[Key, pa.Table]]:
         for part, path in enumerate(files):
             for number, batch in enumerate(read_batches(path)):
-                yield Key(part, number), self._cast_table(pa.Table.from_batches([batch]))
+                table = pa.Table.from_batches([batch])
+                for name, column in (self.info.features or {}).items():
+                    if name not in table.column_names:
+                        table = table.append_column(name, pa.nulls(len(table), column.pa_type))
+                yield Key(part, number), self._cast_table(table)
+
+
+def _common_features(paths: Sequence[str]) -> Features | None:
+    """The columns of all files together; None where all have the same."""
+    schemas = [parquet.read_schema(path).remove_metadata() for path in paths]
+    if all(schema == schemas[0] for schema in schemas):
+        return None
+    try:
+        return Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
+    except pa.ArrowException as error:
+        raise ValueError(f"{', '.join(map(str, paths))} cannot be read together: {error}") from error
 
 
 class MappedRows(Sequence):
@@ -81,11 +97,15 @@ class MappedRows(Sequence):
     Rows by index, read through a memory map of the copy that `datasets` makes once in its cache.
 
     Args:
-        paths (`list[str]`): Parquet files; they are one sequence of rows.
+        paths (`list[str]`):
+            Parquet files; they are one sequence of rows. A column that some of them lack is null in their rows.
+
+    Raises:
+        ValueError: Columns of the same name hold different things.
     """
 
     def __init__(self, paths: Sequence[str]):
-        builder = _Parquet(data_files={"train": list(paths)})
+        builder = _Parquet(data_files={"train": list(paths)}, features=_common_features(paths))
         builder.download_and_prepare()
         rows = builder.as_dataset("train")
         self.column_names: list[str] = rows.column_names

@@ -10,6 +10,8 @@ check_torch_pair()
 locate_subpackages(__path__)
 
 from .modeling import (  # noqa: E402
+    CamPlusPlusConfig,
+    CamPlusPlusModel,
     MiniMindOConfig,
     MiniMindOForConditionalGeneration,
     MiniMindOGenerateOutput,
@@ -23,12 +25,21 @@ from .modeling import (  # noqa: E402
     place_voice,
     revert_delay_pattern,
 )
-from .processing import MiniMindOAnswer, MiniMindOFeatureExtractor, MiniMindOProcessor, load_audio  # noqa: E402
+from .processing import (  # noqa: E402
+    CamPlusPlusFeatureExtractor,
+    MiniMindOAnswer,
+    MiniMindOFeatureExtractor,
+    MiniMindOProcessor,
+    load_audio,
+)
 from .registration import register  # noqa: E402
 
 register()
 
 __all__ = [
+    "CamPlusPlusConfig",
+    "CamPlusPlusFeatureExtractor",
+    "CamPlusPlusModel",
     "MiniMindOAnswer",
     "MiniMindOConfig",
     "MiniMindOFeatureExtractor",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor, TextStreamer, set_seed
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from .modeling import MiniMindOForConditionalGeneration
 from .presets import default_checkpoint
@@ -78,7 +78,7 @@ def load(
         model_id = str(default_checkpoint())
     elif not Path(model_id).exists() and "/" not in model_id:
         raise FileNotFoundError(f"There is no directory {model_id}, and a Hub id has the form OWNER/NAME.")
-    model = AutoModelForMultimodalLM.from_pretrained(model_id, dtype=dtype or "auto")
+    model: Any = AutoModelForMultimodalLM.from_pretrained(model_id, dtype=dtype or "auto")
     if adapter is not None:
         if not is_peft_available():
             raise ValueError("--adapter needs PEFT: pip install peft")

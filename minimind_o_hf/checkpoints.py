@@ -29,7 +29,7 @@ class WholeCheckpoints(Trainer):
 
     def train(self, *args, **kwargs):
         """As [`Trainer.train`]; removes what an interrupted run left half-written."""
-        self._remove(Path(self.args.output_dir) / STAGING)
+        self._remove(Path(self._get_output_dir(None)) / STAGING)
         return super().train(*args, **kwargs)
 
     def _remove(self, folder: Path) -> None:
@@ -92,7 +92,7 @@ class WholeCheckpoints(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
-        target = Path(output_dir or self.args.output_dir)
+        target = Path(output_dir or self._get_output_dir(None))
         with self._stage(target, "The model") as staging:
             super().save_model(str(staging), _internal_call=True)
             self.accelerator.wait_for_everyone()

@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="default: the source's; float16 for a .pth, which rounds float32 weights",
     )
+    convert.add_argument(
+        "--kind",
+        choices=["model", "speaker-encoder"],
+        default="model",
+        help="what SRC is; a speaker encoder is CAM++'s state dict (default: %(default)s)",
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that stands there")
     _add_data(commands)
     return parser
@@ -79,6 +85,7 @@ def _add_data(commands: Any) -> None:
     )
     build.add_argument("--text-questions", action="store_true", help="--tts speaks answers alone")
     build.add_argument("--voice", metavar="NAME", help="voice of the checkpoint (default: the speaker's own)")
+    build.add_argument("--speaker-encoder", metavar="P", help="CAM++: directory or Hub id; makes speaker embeddings")
     build.add_argument("--no-reference", dest="reference", action="store_false", help="write no reference codes")
     build.add_argument("--split", default="train", help="of a `datasets` set (default: %(default)s)")
     build.add_argument("--subset", metavar="NAME", help="configuration of a set on the Hub")
@@ -163,7 +170,14 @@ def _run(options: argparse.Namespace) -> None:
         )
         print(f"{made}: an untrained {options.preset} checkpoint. Its answers are noise until it is trained.")
         return
-    if options.directory.suffix in (".pth", ".bin"):
+    if options.kind == "speaker-encoder":
+        from .convert import convert_campplus
+
+        for name in ("audio_encoder", "vision_encoder", "codec", "tokenizer", "dtype"):
+            if getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} has no place in a speaker encoder: leave it out.")
+        made = convert_campplus(options.source, options.directory, overwrite=options.overwrite)
+    elif options.directory.suffix in (".pth", ".bin"):
         from .convert import export_original
 
         for name in ("audio_encoder", "vision_encoder", "codec", "tokenizer"):

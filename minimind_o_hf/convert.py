@@ -29,8 +29,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .files import new_directory, new_file
-from .modeling import MiniMindOConfig, MiniMindOForConditionalGeneration
-from .processing import MiniMindOFeatureExtractor, MiniMindOProcessor
+from .modeling import CamPlusPlusConfig, CamPlusPlusModel, MiniMindOConfig, MiniMindOForConditionalGeneration
+from .processing import CamPlusPlusFeatureExtractor, MiniMindOFeatureExtractor, MiniMindOProcessor
 from .processing.processing_minimind_o import IMAGE_PROCESSOR_DEFAULTS
 
 PathLike = str | os.PathLike
@@ -267,6 +267,86 @@ def read_am_mvn(path: PathLike) -> tuple[torch.Tensor, torch.Tensor]:
     if shift.numel() != scale.numel():
         raise ValueError(f"{path}: {shift.numel()} shifts and {scale.numel()} scales do not agree.")
     return shift, scale
+
+
+# ---- CAM++ ----
+
+
+def _campplus_modules(config: CamPlusPlusConfig) -> dict[str, str]:
+    """The original's name of each module with weights. It counts blocks and layers from 1."""
+    names = {
+        "front_end.conv_in": "head.conv1",
+        "front_end.norm_in": "head.bn1",
+        "front_end.conv_out": "head.conv2",
+        "front_end.norm_out": "head.bn2",
+        "tdnn": "xvector.tdnn.linear",
+        "tdnn_norm": "xvector.tdnn.nonlinear.batchnorm",
+        "norm": "xvector.out_nonlinear.batchnorm",
+        "projection": "xvector.dense.linear",
+        "projection_norm": "xvector.dense.nonlinear.batchnorm",
+    }
+    for index, block in enumerate(("layer1.0", "layer1.1", "layer2.0", "layer2.1")):
+        for name in ("conv1", "conv2", "shortcut.0", "shortcut.1"):
+            names[f"front_end.blocks.{index}.{name}"] = f"head.{block}.{name}"
+        for name in ("1", "2"):
+            names[f"front_end.blocks.{index}.norm{name}"] = f"head.{block}.bn{name}"
+    for index, num_layers in enumerate(config.block_layers):
+        names[f"blocks.{index}.norm"] = f"xvector.transit{index + 1}.nonlinear.batchnorm"
+        names[f"blocks.{index}.transition"] = f"xvector.transit{index + 1}.linear"
+        for layer in range(num_layers):
+            ours, original = f"blocks.{index}.layers.{layer}", f"xvector.block{index + 1}.tdnnd{layer + 1}"
+            names[f"{ours}.norm1"] = f"{original}.nonlinear1.batchnorm"
+            names[f"{ours}.bottleneck"] = f"{original}.linear1"
+            names[f"{ours}.norm2"] = f"{original}.nonlinear2.batchnorm"
+            names[f"{ours}.local"] = f"{original}.cam_layer.linear_local"
+            names[f"{ours}.context_in"] = f"{original}.cam_layer.linear1"
+            names[f"{ours}.context_out"] = f"{original}.cam_layer.linear2"
+    return names
+
+
+def convert_campplus(source: PathLike, directory: PathLike, overwrite: bool = False) -> Path:
+    """Make a directory that `AutoModel` and `AutoFeatureExtractor` load from the released CAM++ speaker encoder.
+
+    Args:
+        source (`str` or `os.PathLike`): its bare state dict (`.bin`, `.pt`, or `.safetensors`).
+        directory (`str` or `os.PathLike`): the directory to make.
+        overwrite (`bool`, *optional*, defaults to `False`): replace a checkpoint that stands in `directory`.
+
+    Returns:
+        `Path`: the directory.
+
+    Raises:
+        FileExistsError: `directory` is not empty.
+        OSError: the file is missing, truncated or damaged.
+        ValueError: `source` is a directory, or its tensors are missing, unknown, of a wrong shape or no floats.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: give the file in it that holds the speaker encoder's state dict.")
+    target = Path(directory).expanduser().resolve()
+    with new_directory(target, overwrite) as temporary:
+        counter = "num_batches_tracked"  # of training; some files hold it, some do not
+        read = _check_state(_read_tensors(path), path)
+        read = {name: tensor for name, tensor in read.items() if not name.endswith(counter)}
+        config = CamPlusPlusConfig()
+        with torch.device("meta"):
+            skeleton = CamPlusPlusModel(config).state_dict()
+        modules = _campplus_modules(config)
+        original = {}
+        for name in skeleton:
+            module, _, kind = name.rpartition(".")
+            if kind != counter:
+                original[name] = f"{modules[module]}.{kind}"
+        _check_tensors(read, {original[name]: skeleton[name] for name in original}, path)
+        if odd := [name for name, tensor in read.items() if not tensor.is_floating_point()]:
+            raise ValueError(f"{path} cannot be converted: {_some(odd)} are no floats.")
+        state = {name: read[original[name]] for name in original}
+        model = CamPlusPlusModel.from_pretrained(
+            None, config=config, state_dict=state, dtype=state["tdnn.weight"].dtype
+        )
+        model.save_pretrained(temporary)
+        CamPlusPlusFeatureExtractor().save_pretrained(temporary)
+    return target
 
 
 # ---- MiniMind-O ----
@@ -612,4 +692,4 @@ def export_original(
     return target
 
 
-__all__ = ["convert_checkpoint", "export_original", "load_sensevoice_encoder", "read_am_mvn"]
+__all__ = ["convert_campplus", "convert_checkpoint", "export_original", "load_sensevoice_encoder", "read_am_mvn"]

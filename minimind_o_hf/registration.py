@@ -1,4 +1,5 @@
-"""Registers MiniMind-O with transformers' Auto classes, so that importing this package is enough to load a checkpoint.
+"""Registers MiniMind-O and its speaker encoder with transformers' Auto classes, so that importing this package is
+enough to load their checkpoints.
 
 A registered class wins over a repository's `auto_map`: the original's remote code is neither needed nor run.
 """
@@ -13,8 +14,8 @@ from transformers import (
     AutoProcessor,
 )
 
-from .modeling import MiniMindOConfig, MiniMindOForConditionalGeneration
-from .processing import MiniMindOFeatureExtractor, MiniMindOProcessor
+from .modeling import CamPlusPlusConfig, CamPlusPlusModel, MiniMindOConfig, MiniMindOForConditionalGeneration
+from .processing import CamPlusPlusFeatureExtractor, MiniMindOFeatureExtractor, MiniMindOProcessor
 
 
 def register():
@@ -24,6 +25,9 @@ def register():
         auto_class.register(MiniMindOConfig, MiniMindOForConditionalGeneration, exist_ok=True)
     AutoFeatureExtractor.register(MiniMindOConfig, MiniMindOFeatureExtractor, exist_ok=True)
     AutoProcessor.register(MiniMindOConfig, MiniMindOProcessor, exist_ok=True)
+    AutoConfig.register(CamPlusPlusConfig.model_type, CamPlusPlusConfig, exist_ok=True)
+    AutoModel.register(CamPlusPlusConfig, CamPlusPlusModel, exist_ok=True)
+    AutoFeatureExtractor.register(CamPlusPlusConfig, CamPlusPlusFeatureExtractor, exist_ok=True)
 
 
 __all__ = ["register"]

@@ -1,6 +1,7 @@
 """What training with sharded parameters or gradients (FSDP2, DeepSpeed) needs beside a configuration."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,12 @@ class ShardedTraining(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        model: Any = self.model
         self._scalars: set[str] = set()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self._scalars = _give_dimension(self.model)
+            self._scalars = _give_dimension(model)
         if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
+            plugin: Any = self.accelerator.state.fsdp_plugin
             if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
                 # accelerate has every unit's outputs cast, which would round the losses to bfloat16.
                 plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.utils import logging
 
 from .checkpoints import WholeCheckpoints
-from .data import EpochSampler, MiniMindODataCollator, MiniMindODataset
+from .data import EpochSampler, MiniMindODataCollator, MiniMindODataset, MiniMindOIterableDataset
 from .modeling import MiniMindOForConditionalGeneration
 from .sharding import ShardedTraining
 
@@ -84,6 +84,10 @@ class MiniMindOTrainingArguments(TrainingArguments):
             # `compute_loss` passes empty inputs for what a batch may leave unused.
             self.ddp_find_unused_parameters = False
         super().__post_init__()
+        accelerator_config: Any = self.accelerator_config
+        if accelerator_config.dispatch_batches is None:
+            # A process that reads for all of them would have to make all batches of one length.
+            accelerator_config.dispatch_batches = False
 
 
 def set_trainable(model: MiniMindOForConditionalGeneration, mode: str = "all", freeze_backbone: str = "none") -> None:
@@ -188,6 +192,8 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
             model.config.audio_stop_weight = args.stop_weight
         super().__init__(model, args, **kwargs)
         self.loss_is_scaled_for_ga = True
+        if isinstance(self.train_dataset, MiniMindOIterableDataset):
+            self.train_dataset.is_lazy = args.world_size > 1
         self._sums = self._zeros()
         self._counts = self._zeros()
         self._summed_steps: set[int] = set()
@@ -214,22 +220,14 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Labels of the text, then of each codebook, over the batches of one step and all processes: `(1 +
         codebooks,)`."""
-        if not batch_samples or not all("labels" in batch and "audio_labels" in batch for batch in batch_samples):
-            return None
-        counts = torch.stack(
-            [
-                torch.cat(
-                    [
-                        batch["labels"][:, 1:].ne(-100).sum().view(1),
-                        batch["audio_labels"][:, :, 1:].ne(-100).sum(dim=(0, 2)),
-                    ]
-                )
-                for batch in batch_samples
-            ]
-        ).sum(dim=0)
-        counts = counts.to(device)
+        counts: Any = torch.zeros(1 + self._model_config.num_codebooks, dtype=torch.long, device=device)
+        for batch in batch_samples:
+            if batch.get("labels") is not None:
+                counts[0] += batch["labels"][:, 1:].ne(-100).sum().to(device)
+            if batch.get("audio_labels") is not None:
+                counts[1:] += batch["audio_labels"][:, :, 1:].ne(-100).sum(dim=(0, 2)).to(device)
         if self.args.world_size > 1:
-            counts: Any = self.accelerator.reduce(counts, reduction="sum")
+            counts = self.accelerator.reduce(counts, reduction="sum")
         return counts.clamp(min=1)
 
     def compute_loss(
@@ -258,6 +256,8 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
                 self.args.codebook_weights or [1.0] * len(outputs.codebook_losses)
             )
             parts["audio_loss"] = (weights * outputs.codebook_losses).sum() / weights.sum()
+        if all(part is None for part in parts.values()):
+            raise ValueError(f"A batch has neither `labels` nor `audio_labels`, but {', '.join(inputs)}.")
         loss: Any = sum(part for part in parts.values() if part is not None)
         if counts is not None:
             # The gradients of the processes are averaged, and each has its own share of the labels.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from .files import new_file
 from .processing import MiniMindOProcessor
@@ -54,7 +54,7 @@ class SampleCallback(TrainerCallback):
         chats = [
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt) for prompt in prompts
         ]
-        self.inputs = processor.apply_chat_template(
+        self.inputs: Any = processor.apply_chat_template(
             chats, tokenize=True, return_dict=True, add_generation_prompt=True, voice=[voice] * len(chats)
         )
 
@@ -88,7 +88,7 @@ class SampleCallback(TrainerCallback):
 
     def _write(self, answers: Sequence[Any]) -> None:
         trainer, step = self.trainer, self.trainer.state.global_step
-        folder = Path(trainer.args.output_dir) / "samples" / f"step-{step}"
+        folder = Path(trainer.args.output_dir or ".") / "samples" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         boards = [item for item in trainer.callback_handler.callbacks if isinstance(item, TensorBoardCallback)]
         for index, answer in enumerate(answers):
@@ -150,7 +150,8 @@ def describe_training(trainer: "MiniMindOTrainer", settings: Mapping[str, Any] |
         trainer ([`MiniMindOTrainer`]): After training.
         settings (`Mapping`, *optional*): What else to tell, such as the base model and the data files.
     """
-    state, model = trainer.state, trainer.model
+    state = trainer.state
+    model: Any = trainer.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     args = _changed(trainer.args)
     rows = {

@@ -1,13 +1,16 @@
-"""Configuration, model and generation of MiniMind-O. These files import only each other and transformers."""
+"""Configuration, model and generation of MiniMind-O, and its speaker encoder. These files import only each other and
+transformers."""
 
 if __name__ == "modeling":
     # Python started in the repository's root finds this folder under its bare name too, as a second copy of every
     # class.
     raise ImportError("Import minimind_o_hf.modeling: the folder `modeling` is part of that package.")
 
+from .configuration_campplus import CamPlusPlusConfig
 from .configuration_minimind_o import MiniMindOConfig
 from .delay_pattern_minimind_o import apply_delay_pattern, place_voice, revert_delay_pattern
 from .generation_minimind_o import MiniMindOGenerateOutput, MiniMindOStreamer
+from .modeling_campplus import CamPlusPlusModel, CamPlusPlusOutput, CamPlusPlusPreTrainedModel
 from .modeling_minimind_o import (
     MiniMindOForConditionalGeneration,
     MiniMindOOutputWithPast,
@@ -18,6 +21,10 @@ from .modeling_minimind_o import (
 )
 
 __all__ = [
+    "CamPlusPlusConfig",
+    "CamPlusPlusModel",
+    "CamPlusPlusOutput",
+    "CamPlusPlusPreTrainedModel",
     "MiniMindOConfig",
     "MiniMindOForConditionalGeneration",
     "MiniMindOGenerateOutput",

@@ -7,7 +7,15 @@ if __name__ == "processing":
 
 from .audio_minimind_o import load_audio
 from .chat_template_minimind_o import CHAT_TEMPLATE
+from .feature_extraction_campplus import CamPlusPlusFeatureExtractor
 from .feature_extraction_minimind_o import MiniMindOFeatureExtractor
 from .processing_minimind_o import MiniMindOAnswer, MiniMindOProcessor
 
-__all__ = ["CHAT_TEMPLATE", "MiniMindOAnswer", "MiniMindOFeatureExtractor", "MiniMindOProcessor", "load_audio"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "CamPlusPlusFeatureExtractor",
+    "MiniMindOAnswer",
+    "MiniMindOFeatureExtractor",
+    "MiniMindOProcessor",
+    "load_audio",
+]

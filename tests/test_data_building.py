@@ -15,7 +15,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from minimind_o_hf import load_audio
+from minimind_o_hf import CamPlusPlusConfig, CamPlusPlusFeatureExtractor, CamPlusPlusModel, load_audio
 from minimind_o_hf.cli import main
 from minimind_o_hf.data import MiniMindODataset, SampleSettings, building
 from minimind_o_hf.data.building import BuildSettings, build_data, encode_speech
@@ -413,3 +413,55 @@ def test_command_line(nano, recordings, tmp_path, capsys):
     assert main(["data", "show", str(out), "1", "--out", str(tmp_path / "shown"), *model]) == 0
     assert "Two, or three?" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "shown").iterdir()} == {"sample.png", "answer.wav", "reference.wav"}
+
+
+@pytest.fixture(scope="module")
+def speaker_encoder(tmp_path_factory):
+    """CAM++ at toy size, of random weights."""
+    folder = tmp_path_factory.mktemp("campplus")
+    torch.manual_seed(0)
+    config = CamPlusPlusConfig(
+        front_end_channels=4, tdnn_channels=16, block_layers=[2], block_dilations=[1], bottleneck_channels=8
+    )
+    CamPlusPlusModel(config).save_pretrained(folder)
+    CamPlusPlusFeatureExtractor().save_pretrained(folder)
+    return str(folder)
+
+
+def test_speaker_embeddings(build, recordings, speaker_encoder, processor, config, tmp_path):
+    def expected(index):
+        extractor = CamPlusPlusFeatureExtractor.from_pretrained(speaker_encoder)
+        wave = load_audio(recordings / f"{index}.wav", target_rate=24000)
+        with torch.no_grad():
+            inputs = extractor(wave, sampling_rate=24000)
+            return CamPlusPlusModel.from_pretrained(speaker_encoder)(**inputs).embeddings[0]
+
+    # The reference's, as the codes are; without references, each recording's own.
+    for settings, sources in (({}, [1, 0, 1]), ({"reference": False}, [0, 1, 2])):
+        name = f"{len(settings)}.parquet"
+        rows, _ = build(recordings, name, speaker_encoder=speaker_encoder, **settings)
+        assert ("ref_audios" in rows[0]) == (not settings)
+        for row, index in zip(rows, sources, strict=True):
+            np.testing.assert_allclose(row["spk_emb"], expected(index), rtol=0, atol=1e-4)
+        sample = MiniMindODataset(tmp_path / name, processor, config, SampleSettings.deterministic())[0]
+        assert (sample.audio_codes[0] == config.audio_spk_token).sum() == 1
+        np.testing.assert_allclose(sample.speaker_embedding, expected(sources[0]), rtol=0, atol=1e-4)
+
+
+def test_a_recording_too_short_for_an_embedding(build, recordings, speaker_encoder):
+    write_sine(recordings / "3.wav", 0.01)
+    (recordings / "3.txt").write_text("Oh.", encoding="utf-8")
+    rows, _ = build(recordings, reference=False, speaker_encoder=speaker_encoder)
+    assert [row["spk_emb"] is None for row in rows] == [False, False, False, True]
+
+
+def test_bad_speaker_encoders(build, recordings, speaker_encoder, tmp_path):
+    with pytest.raises(ValueError, match="leave out `voice` or `speaker_encoder`"):
+        build(recordings, voice="alba", speaker_encoder=speaker_encoder)
+    CamPlusPlusModel(CamPlusPlusConfig(block_layers=[1], block_dilations=[1], embedding_size=64)).save_pretrained(
+        tmp_path / "other"
+    )
+    CamPlusPlusFeatureExtractor().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="embeddings of 64 numbers, the model takes 192"):
+        build(recordings, speaker_encoder=str(tmp_path / "other"))
+    assert not (tmp_path / "out.parquet").exists()

@@ -38,6 +38,9 @@ TOP_LEVEL = {
 
 # Whoever adds a name here promises to keep it.
 PUBLIC_NAMES = [
+    "CamPlusPlusConfig",
+    "CamPlusPlusFeatureExtractor",
+    "CamPlusPlusModel",
     "MiniMindOAnswer",
     "MiniMindOConfig",
     "MiniMindOFeatureExtractor",

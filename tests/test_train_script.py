@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+from minimind_o_hf import MiniMindOConfig, MiniMindOForConditionalGeneration
 from minimind_o_hf.presets import init_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "training_scripts"
@@ -123,3 +128,75 @@ def test_streaming_and_an_adapter(script, nano, parquet, tmp_path):
     )
     assert trainer.state.global_step == 3
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def losses(folder):
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = [entry for entry in state["log_history"] if "text_loss" in entry]
+    return [(entry["text_loss"], entry["audio_loss"], entry["grad_norm"]) for entry in logged]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_two_processes_read_what_one_reads(nano, mixed_parquet, tmp_path, streaming):
+    """Speech, pictures and voices in some rows only, and a file that ends within a batch, over two epochs."""
+
+    def start(name, batch_size, *launcher):
+        options = ("--train_files", mixed_parquet, "--streaming", streaming, "--shuffle_buffer", "8")
+        settings = {
+            "model": nano,
+            "output_dir": tmp_path / name,
+            "max_steps": 5,
+            "logging_steps": 1,
+            "per_device_train_batch_size": batch_size,
+            "augment": "false",
+            "report_to": "none",
+            "use_cpu": "true",
+            "save_strategy": "no",
+            "disable_tqdm": "true",
+        }
+        options += tuple(word for key, value in settings.items() for word in (f"--{key}", value))
+        command = [sys.executable, *launcher, SCRIPTS / "train_sft.py", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return losses(tmp_path / name)
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
+    one, two = start("one", 8), start("two", 4, *launcher)
+    assert len(one) == 5
+    np.testing.assert_allclose(two, one, rtol=1e-3)
+
+
+def test_a_mixture_of_experts_with_everything_on(script, tmp_path, nano, mixed_parquet):
+    """Cached features, packing, samples, a held-out file, on a model with experts."""
+    config = MiniMindOConfig.from_pretrained(nano, use_moe=True)
+    shutil.copytree(nano, tmp_path / "moe")
+    (tmp_path / "moe" / "model.safetensors").unlink()
+    MiniMindOForConditionalGeneration(config).save_pretrained(tmp_path / "moe")
+    trainer = run(
+        *(script, str(tmp_path / "moe"), str(mixed_parquet), tmp_path / "run", "--max_steps", "4"),
+        *("--cache_features", str(tmp_path / "cache"), "--packing", "true", "--pack_length", "200"),
+        *("--eval_files", str(mixed_parquet), "--sample_steps", "2", "--sample_tokens", "12"),
+        *("--sample_prompts", "Hello?", "--sample_voice", "alba"),
+    )
+    logs = trainer.state.log_history[0]
+    assert {"aux_loss", "text_loss", "audio_loss", "token_accuracy"} <= logs.keys()
+    assert not logs.keys() & {"nan"}
+    folder = tmp_path / "run"
+    assert (folder / "samples" / "step-4" / "0.wav").exists()
+    assert len(list((tmp_path / "cache").glob("*/speech-*.arrow"))) == 1
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| eval audio loss |" in card
+    assert "| input speech | as it is |" in card
+    again = MiniMindOForConditionalGeneration.from_pretrained(folder)
+    assert again.config.use_moe
+    assert AutoProcessor.from_pretrained(folder).audio_tokenizer is not None
+
+
+def test_augmentation_of_cached_features_is_refused(script):
+    options = ("--train_files", "y", "--output_dir", "z", "--augment", "true", "--cache_features", "c")
+    with pytest.raises(ValueError, match="as it is"):
+        script.parse(["--model", "x", *options])

@@ -25,10 +25,10 @@ from minimind_o_hf.trainer import (
 def train(tiny_model, tmp_path):
     """Trains a fresh toy model; returns it and what was logged."""
 
-    def run(use_moe=False, model=None, samples=None, **settings):
+    def run(use_moe=False, model=None, samples=None, collator=collate, **settings):
         model = model or tiny_model(use_moe, audio_config=None, vision_config=None)
         arguments = MiniMindOTrainingArguments(output_dir=str(tmp_path), **{**SETTINGS, "max_steps": 3, **settings})
-        trainer = MiniMindOTrainer(model, arguments, train_dataset=samples or make_samples(24), data_collator=collate)
+        trainer = MiniMindOTrainer(model, arguments, train_dataset=samples or make_samples(24), data_collator=collator)
         trainer.train()
         return trainer
 
@@ -49,6 +49,24 @@ def test_accumulated_is_one_batch(train, use_moe):
         for name in ("loss", "grad_norm", "text_loss", "audio_loss", "codebook_3_loss"):
             assert logged(parts, name) == pytest.approx(logged(whole, name), rel=tolerance), name
     assert bool(logged(whole, "aux_loss")) == use_moe
+
+
+def test_one_stream_alone_accumulates_the_same(train):
+    samples = make_samples(8)
+
+    def collate_text(batch):
+        return {name: value for name, value in collate(batch).items() if name != "audio_labels"}
+
+    def losses(size, steps):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 2}
+        return train(samples=samples, collator=collate_text, **settings)
+
+    whole, parts = losses(8, 1), losses(1, 8)
+    for name in ("loss", "grad_norm"):
+        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-5)
+    assert not logged(whole, "audio_loss")
+    with pytest.raises(ValueError, match="neither `labels` nor `audio_labels`"):
+        train(samples=samples, collator=lambda batch: {"input_ids": collate_text(batch)["input_ids"]})
 
 
 def test_loss_is_the_sum_of_its_parts(train):

@@ -24,11 +24,11 @@ import soundfile
 import torch
 from pyarrow import parquet
 from tqdm import tqdm
-from transformers import MimiModel
+from transformers import MimiModel, PreTrainedModel
 
 from minimind_o_hf.files import new_file
-from minimind_o_hf.modeling import MiniMindOConfig
-from minimind_o_hf.processing import MiniMindOProcessor, load_audio
+from minimind_o_hf.modeling import CamPlusPlusModel, MiniMindOConfig
+from minimind_o_hf.processing import CamPlusPlusFeatureExtractor, MiniMindOProcessor, load_audio
 from minimind_o_hf.processing.image_minimind_o import load_image
 
 from .checking import DataReport, check_row, in_workers
@@ -41,7 +41,7 @@ BATCH_SECONDS = 40
 REFERENCE_FRAMES = 300
 TTS_SECONDS = 300  # what one sentence may take
 
-# `_where` and `_speaker` stay in the parts.
+# `_where`, `_speaker` and `_embedding` stay in the parts.
 SCHEMA = pa.schema(
     [
         ("conversations", pa.string()),
@@ -52,6 +52,7 @@ SCHEMA = pa.schema(
         ("spk_emb", pa.list_(pa.float32())),
         ("_where", pa.string()),
         ("_speaker", pa.string()),
+        ("_embedding", pa.list_(pa.float32())),
     ]
 )
 
@@ -65,6 +66,9 @@ class BuildSettings(SourceSettings):
         voice (`str`, *optional*): Voice of the checkpoint whose codes and embedding every spoken row gets. Without,
             a row's reference is its speaker's longest recording under 300 frames (24 s) from another row.
         reference (`bool`, defaults to `True`): Whether rows have reference codes.
+        speaker_encoder (`str`, *optional*):
+            CAM++ (directory or Hub id), which makes every spoken row's speaker embedding of its reference's recording,
+            or of its own where there is none.
         max_length (`int`, defaults to 512): Answers that end beyond this position are flagged.
         limit (`int`, *optional*): Take the first so many records.
         workers (`int`, defaults to 0): Processes that decode and speak, beside this one.
@@ -75,6 +79,7 @@ class BuildSettings(SourceSettings):
 
     voice: str | None = None
     reference: bool = True
+    speaker_encoder: str | None = None
     max_length: int = 512
     limit: int | None = None
     workers: int = 0
@@ -84,6 +89,8 @@ class BuildSettings(SourceSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.voice is not None and self.speaker_encoder is not None:
+            raise ValueError("A `voice` brings its own embedding: leave out `voice` or `speaker_encoder`.")
         for name, least in (("max_length", 2), ("limit", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -228,10 +235,41 @@ def encode_speech(codec: MimiModel, waveforms: Sequence[np.ndarray], num_codeboo
     return codes
 
 
-def _fingerprint(codec: MimiModel | None) -> str:
-    """Changes with the codec's weights: its codes would be others."""
+class SpeakerEncoder:
+    """
+    CAM++ and what prepares its input: a recording becomes a speaker embedding.
+
+    Args:
+        source (`str`): Directory or Hub id.
+        size (`int`): What the model expects of an embedding.
+        device (`str`, defaults to `"cpu"`): Where it runs.
+
+    Raises:
+        ValueError: Its embeddings have another size.
+    """
+
+    def __init__(self, source: str, size: int, device: str = "cpu"):
+        self.extractor = CamPlusPlusFeatureExtractor.from_pretrained(source)
+        self.model: Any = CamPlusPlusModel.from_pretrained(source).to(device)  # pyright: ignore[reportArgumentType]
+        if self.model.config.embedding_size != size:
+            raise ValueError(
+                f"The speaker encoder {source} makes embeddings of {self.model.config.embedding_size} numbers, the "
+                f"model takes {size}."
+            )
+
+    @torch.no_grad()
+    def __call__(self, waveform: np.ndarray, rate: int) -> np.ndarray | None:
+        """The embedding `(size,)` of a mono waveform at `rate` Hz; None where it is too short for one."""
+        if len(waveform) * self.extractor.sampling_rate < self.extractor.min_samples * rate:
+            return None
+        inputs: Any = self.extractor(waveform, sampling_rate=rate)
+        return self.model(**inputs.to(self.model.device)).embeddings[0].float().cpu().numpy()
+
+
+def _fingerprint(model: PreTrainedModel | None) -> str:
+    """Changes with the weights of the codec or the speaker encoder: what they make would be different."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()) if codec is not None else ():
+    for name, tensor in sorted(model.state_dict().items()) if model is not None else ():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -270,13 +308,22 @@ def _metadata(part: Path, name: str) -> Any:
         return None
 
 
-def _write_part(part: Path, rows: list[_Prepared], processor: MiniMindOProcessor, key: str) -> None:
+def _write_part(
+    part: Path, rows: list[_Prepared], processor: MiniMindOProcessor, key: str, encoder: SpeakerEncoder | None
+) -> None:
     kept = [row for row in rows if row.error is None]
     waveforms = [waveform for row in kept for waveform in row.answers]
     codec = processor.audio_tokenizer
     if codec is None and any(len(waveform) for waveform in waveforms):
         raise ValueError("This checkpoint has no codec, which makes codes of the recordings: give another `--model`.")
     codes = iter(encode_speech(codec, waveforms, processor.num_codebooks) if codec is not None else ())
+
+    def embedding(row: _Prepared) -> np.ndarray | None:
+        longest = max(row.answers, key=len, default=None)
+        if encoder is None or codec is None or longest is None:
+            return None
+        return encoder(longest, codec.config.sampling_rate)
+
     table = [
         {
             "conversations": json.dumps(row.messages, ensure_ascii=False),
@@ -286,24 +333,29 @@ def _write_part(part: Path, rows: list[_Prepared], processor: MiniMindOProcessor
             "image_bytes": row.images,
             "_where": row.where,
             "_speaker": row.speaker,
+            "_embedding": embedding(row),
         }
         for row in kept
     ]
     metadata = {
         "key": key,
         "errors": [row.error for row in rows if row.error],
-        "columns": sorted({name for row in table for name, value in row.items() if value and name[0] != "_"}),
+        "columns": sorted({name for row in table for name, value in row.items() if name[0] != "_" and value}),
     }
     schema = SCHEMA.with_metadata({name: json.dumps(value) for name, value in metadata.items()})
     with new_file(part) as temporary:
         parquet.write_table(pa.Table.from_pylist(table, schema), temporary)
 
 
-def _find_references(parts: Sequence[Path], num_codebooks: int) -> Callable[[str, str], list[int] | None]:
-    """For a row's speaker, the codes of the longest recording that may be a reference and is another row's."""
-    longest: dict[str, list[tuple[int, str, list[int]]]] = {}
+def _find_references(
+    parts: Sequence[Path], num_codebooks: int
+) -> Callable[[str, str], tuple[list[int] | None, list[float] | None]]:
+    """For a row's speaker, codes and embedding of the longest recording that may be a reference and is another
+    row's."""
+    longest: dict[str, list[tuple[int, str, list[int], list[float] | None]]] = {}
+    names = ["_where", "_speaker", "_embedding", "answer_audios"]
     for part in parts:
-        for row in parquet.read_table(part, columns=["_where", "_speaker", "answer_audios"]).to_pylist():
+        for row in parquet.read_table(part, columns=names).to_pylist():
             best = longest.setdefault(row["_speaker"], [])
             # A row's own answer as its reference would teach to copy, so the second best is kept too.
             codes = max(
@@ -311,10 +363,12 @@ def _find_references(parts: Sequence[Path], num_codebooks: int) -> Callable[[str
                 **{"key": len, "default": None},
             )
             if codes is not None:
-                best.append((len(codes), row["_where"], codes))
+                best.append((len(codes), row["_where"], codes, row["_embedding"]))
                 best.sort(key=lambda item: -item[0])
                 del best[2:]
-    return lambda speaker, where: next((codes for _, at, codes in longest.get(speaker, []) if at != where), None)
+    return lambda speaker, where: next(
+        ((codes, embedding) for _, at, codes, embedding in longest.get(speaker, []) if at != where), (None, None)
+    )
 
 
 def build_data(
@@ -358,7 +412,10 @@ def build_data(
         codec.to(settings.device)  # pyright: ignore[reportArgumentType]
     folder = target.with_name(f"{target.name}.parts")
     total = len(conversations) if settings.limit is None else min(settings.limit, len(conversations))
-    parts = _build_parts(conversations, total, folder, processor, settings)
+    encoder = None
+    if settings.speaker_encoder is not None:
+        encoder = SpeakerEncoder(settings.speaker_encoder, config.spk_emb_size, settings.device)
+    parts = _build_parts(conversations, total, folder, processor, settings, encoder)
     report = _join_parts(parts, target, processor, config, settings)
     for part in folder.glob("*part-*.parquet*"):  # and what a killed process left
         part.unlink()
@@ -368,11 +425,17 @@ def build_data(
 
 
 def _build_parts(
-    conversations: Conversations, total: int, folder: Path, processor: MiniMindOProcessor, settings: BuildSettings
+    conversations: Conversations,
+    total: int,
+    folder: Path,
+    processor: MiniMindOProcessor,
+    settings: BuildSettings,
+    encoder: SpeakerEncoder | None,
 ) -> list[Path]:
     codec = processor.audio_tokenizer
     made_with = {"codec": _fingerprint(codec), "codebooks": processor.num_codebooks, "tts": settings.tts}
     made_with["language"] = settings.language
+    made_with["speaker encoder"] = _fingerprint(encoder and encoder.model)
     rows = [range(start, min(start + PART_ROWS, total)) for start in range(0, total, PART_ROWS)]
     parts = [folder / f"part-{index:05d}.parquet" for index in range(len(rows))]
     keys = [_part_key(conversations, wanted, made_with) for wanted in rows]
@@ -392,7 +455,7 @@ def _build_parts(
                 if done[-1].error is not None and not settings.skip_errors:
                     raise ValueError(done[-1].error)
                 bar.update()
-            _write_part(parts[index], done, processor, keys[index])
+            _write_part(parts[index], done, processor, keys[index], encoder)
     return parts
 
 
@@ -413,11 +476,12 @@ def _join_parts(
         rows = parquet.read_table(part).to_pylist()
         for row in rows:
             if any(row["answer_audios"]):
+                row["spk_emb"] = row["_embedding"] if embedding is None else embedding.tolist()
                 if find is not None:
-                    row["ref_audios"] = find(row["_speaker"], row["_where"])
+                    row["ref_audios"], of_reference = find(row["_speaker"], row["_where"])
+                    row["spk_emb"] = of_reference or row["spk_emb"]
                 elif codes is not None:
                     row["ref_audios"] = codes.T.flatten().tolist()
-                row["spk_emb"] = None if embedding is None else embedding.tolist()
         return rows
 
     def checked(rows: list[dict]) -> list[dict]:
@@ -435,7 +499,8 @@ def _join_parts(
 
     names = {"conversations"}.union(*(_metadata(part, "columns") for part in parts))
     if "answer_audios" in names:
-        voice_columns = {"ref_audios": find is not None or codes is not None, "spk_emb": embedding is not None}
+        has_embedding = embedding is not None or settings.speaker_encoder is not None
+        voice_columns = {"ref_audios": find is not None or codes is not None, "spk_emb": has_embedding}
         names |= {name for name, present in voice_columns.items() if present}
     schema = pa.schema([column for column in SCHEMA if column.name in names])
     with new_file(target) as temporary:
@@ -449,4 +514,4 @@ def _join_parts(
     return report
 
 
-__all__ = ["BuildSettings", "build_data", "encode_speech", "speak"]
+__all__ = ["BuildSettings", "SpeakerEncoder", "build_data", "encode_speech", "speak"]

@@ -14,6 +14,7 @@ from minimind_o_hf.processing import MiniMindOProcessor
 from minimind_o_hf.processing.image_minimind_o import load_image
 
 from .augmentation import FeatureMasking
+from .reading import PendingSample
 from .samples import Sample
 
 # What stands in the padding of a sample's fields; of `audio_codes`, the configuration says.
@@ -59,7 +60,7 @@ class MiniMindODataCollator:
         if self.pack_length is not None and not self.packing:
             raise ValueError(f"`pack_length` is the length of packed rows: set `packing`, got {self.pack_length}.")
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample | PendingSample]) -> dict[str, torch.Tensor]:
         """
         Args:
             samples (`list` of [`Sample`]): At least one.
@@ -72,6 +73,7 @@ class MiniMindODataCollator:
             `(pictures, 64, 768)` in place of features and pixels. Packed: `position_ids` `(B, T)` in place of
             `attention_mask`, and `speaker_embeddings` `(B, T, 192)`. B is then the number of packed rows.
         """
+        samples = [sample.build() if isinstance(sample, PendingSample) else sample for sample in samples]
         if not samples:
             raise ValueError("A batch needs at least one sample, got none.")
         rows = _pack(samples, self.pack_length) if self.packing else [[sample] for sample in samples]

@@ -3,8 +3,10 @@
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
@@ -104,7 +106,9 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
 
     Args:
         files, processor, config, settings, seed, features: As [`MiniMindODataset`].
-        rank (`int`, defaults to 0), world_size (`int`, defaults to 1): This process and how many there are.
+        rank (`int`, defaults to 0), world_size (`int`, defaults to 1):
+            This process and how many there are. With [`MiniMindOTrainer`], leave them out: its loader gives each
+            process its batches of what all of them read.
         shuffle_buffer (`int`, defaults to 0): Rows held back to be drawn from at random; 0 keeps the order. Fewer
             where rows are so large that they would take more than 128 MiB, in each process that reads.
     """
@@ -134,15 +138,31 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
         self.processor, self.config = processor, config
         self.settings = settings or SampleSettings()
         self.seed, self.epoch, self.features = seed, 0, features
+        # Whether samples are only built when the collator gets them: what another process trains on is then read, but
+        # not decoded.
+        self.is_lazy = False
 
     def set_epoch(self, epoch: int):
         """Makes other random choices, and another order, than in the epochs before; the same again after a restart."""
         self.epoch = epoch
         self.rows.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator["Sample | PendingSample"]:
         for row in self.rows:
-            yield _build(self, row["row"].to_pylist()[0], row["index"])
+            sample = PendingSample(self, row["row"], row["index"])
+            yield sample if self.is_lazy else sample.build()
+
+
+@dataclass
+class PendingSample:
+    """A row that has been read and not yet made a sample."""
+
+    dataset: MiniMindOIterableDataset
+    row: pa.RecordBatch
+    index: int
+
+    def build(self) -> Sample:
+        return _build(self.dataset, self.row.to_pylist()[0], self.index)
 
 
 def _build(dataset: MiniMindODataset | MiniMindOIterableDataset, row: dict, index: int) -> Sample:
@@ -155,4 +175,4 @@ def _build(dataset: MiniMindODataset | MiniMindOIterableDataset, row: dict, inde
     return sample
 
 
-__all__ = ["MiniMindODataset", "MiniMindOIterableDataset"]
+__all__ = ["MiniMindODataset", "MiniMindOIterableDataset", "PendingSample"]

@@ -1,7 +1,7 @@
 """Fine-tuning every part of MiniMind-O with the Hugging Face Trainer, the speech side too."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -217,6 +217,16 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
             return (-eval_dataset.lengths()).argsort(kind="stable").tolist()
         return super()._get_eval_sampler(eval_dataset)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Batches as they are: no masked features, and padded rows, of which each is one sample."""
+        collator = self.data_collator
+        if isinstance(collator, MiniMindODataCollator):
+            self.data_collator = replace(collator, feature_masking=None, packing=False, pack_length=None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Labels of the text, then of each codebook, over the batches of one step and all processes: `(1 +
         codebooks,)`."""
@@ -241,8 +251,7 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
         counts = num_items_in_batch if model.training else None
         inputs = dict(inputs)
         row_ids = inputs.pop("row_ids", None)
-        if model.training:
-            inputs |= self._absent(inputs)
+        inputs |= self._absent(inputs) if model.training else self._without_repeated(inputs)
         outputs = model(
             **inputs,
             skip_logits=self.args.prediction_loss_only or model.training,
@@ -296,6 +305,19 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
             names[0]: torch.zeros(shape, device=ids.device)
             for names, shape in shapes.items()
             if all(inputs.get(name) is None for name in names)
+        }
+
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Labels without those of rows that only fill up the last batches, so that all processes have as many."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return {}
+        first = self.args.process_index * self.args.eval_batch_size
+        is_new = torch.arange(first, first + len(inputs["input_ids"])) < state.remainder
+        labels = {name: inputs[name] for name in ("labels", "audio_labels") if inputs.get(name) is not None}
+        return {
+            name: value.masked_fill(~is_new.to(value.device).view(-1, *[1] * (value.dim() - 1)), -100)
+            for name, value in labels.items()
         }
 
     @torch.no_grad()

@@ -113,6 +113,32 @@ def test_the_trainer_orders_by_seed_epoch_and_length(tmp_path, model, dataset, p
     assert order(seed=1, data_seed=2) != grouped
 
 
+def test_what_is_evaluated_is_neither_masked_nor_packed(tmp_path, model, dataset, processor, config):
+    """Figures equal those of every sample by itself."""
+    arguments = MiniMindOTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_eval_batch_size=5, disable_tqdm=True
+    )
+    collator = MiniMindODataCollator(processor, config, packing=True, pack_length=300)
+    trainer = MiniMindOTrainer(model, arguments, train_dataset=dataset, data_collator=collator)
+    metrics = trainer.evaluate(dataset)
+    assert trainer.data_collator is collator
+    sums, counts = {"text": 0.0, "audio": torch.zeros(8)}, {"text": 0, "audio": torch.zeros(8)}
+    alone = MiniMindODataCollator(processor, config, feature_masking=None)
+    for index in range(len(dataset)):
+        batch = alone([dataset[index]])
+        with torch.no_grad():
+            output = model.eval()(**batch)
+        tokens, codes = (batch["labels"] != -100).sum(), (batch["audio_labels"] != -100).sum(dim=(0, 2))
+        sums["text"] += output.text_loss * tokens
+        sums["audio"] += output.codebook_losses * codes
+        counts["text"] += tokens
+        counts["audio"] += codes
+    text, audio = sums["text"] / counts["text"], (sums["audio"] / counts["audio"]).mean()
+    assert metrics["eval_text_loss"] == pytest.approx(float(text), abs=1e-4)
+    assert metrics["eval_audio_loss"] == pytest.approx(float(audio), abs=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(float(text + audio), abs=1e-4)
+
+
 LOSSES = ("loss", "text_loss", "audio_loss", "codebook_losses")
 
 

@@ -369,7 +369,9 @@ trainer = MiniMindOTrainer(
 )
 last = get_last_checkpoint(folder + "/out") if Path(folder, "out").is_dir() else None
 trainer.train(resume_from_checkpoint=last)
+metrics = trainer.evaluate(toy_training.make_samples(11, seed=1))
 if trainer.is_world_process_zero():
+    Path(folder, "eval.json").write_text(json.dumps(metrics))
     keys = ("loss", "text_loss", "audio_loss", "grad_norm", "step")
     logs = [{k: e[k] for k in keys} for e in trainer.state.log_history if "text_loss" in e]
     Path(folder, "log.json").write_text(json.dumps(logs))
@@ -422,14 +424,23 @@ def assert_same_log(found, expected, rel=1e-5):
         assert [entry[name] for entry in found] == pytest.approx([entry[name] for entry in expected], rel=rel), name
 
 
-def test_two_processes_are_one_with_the_same_batch(run_script):
-    settings = {"max_steps": 3}
+def test_two_processes_are_one_with_the_same_batch(run_script, tmp_path):
+    # Evaluated on 11 samples, which do not fill the last batches of two processes.
+    settings = {"max_steps": 3, "per_device_eval_batch_size": 2}
+
+    def evaluated():
+        metrics = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+        return {name: value for name, value in metrics.items() if "loss" in name or "accuracy" in name}
+
     one = run_script({**settings, "per_device_train_batch_size": 8})
+    whole = evaluated()
     two = run_script(
         {**settings, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"},
         launcher=("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"),
     )
     assert_same_log(two, one, rel=1e-4)
+    assert len(whole) >= 14
+    assert evaluated() == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_killed_run_resumes_with_the_same_losses(run_script, tmp_path):

@@ -23,7 +23,7 @@ from pathlib import Path
 import peft
 import torch
 import yaml
-from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from minimind_o_hf.adapters import lora_config
@@ -122,6 +122,7 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
     """Trains, saves and reports; returns the trainer."""
     model_args, data_args, sample_args, args = parse(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO)
+    set_seed(args.seed)  # before anything is initialised
 
     model = AutoModelForMultimodalLM.from_pretrained(
         model_args.model, dtype=torch.float32, allow_missing=model_args.talker_from_thinker

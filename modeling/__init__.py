@@ -1,5 +1,5 @@
-"""Configuration, model and generation of MiniMind-O, its speaker encoder and the streaming codec. These files import only
-each other and transformers."""
+"""Configuration, model and generation of MiniMind-O, its speaker encoder and the streaming codec. These files import
+only each other and transformers."""
 
 if __name__ == "modeling":
     # Python started in the repository's root finds this folder under its bare name too, as a second copy of every

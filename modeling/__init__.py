@@ -20,6 +20,7 @@ from .modeling_minimind_o import (
     MiniMindOThinkerModel,
 )
 from .streaming_codec_minimind_o import MimiStreamingDecoder, MimiStreamingEncoder, MimiStreamState
+from .streaming_minimind_o import MiniMindOStreamEvent, stream_answers, stream_answers_async
 
 __all__ = [
     "CamPlusPlusConfig",
@@ -35,10 +36,13 @@ __all__ = [
     "MiniMindOOutputWithPast",
     "MiniMindOPreTrainedModel",
     "MiniMindOStackOutput",
+    "MiniMindOStreamEvent",
     "MiniMindOStreamer",
     "MiniMindOTalkerModel",
     "MiniMindOThinkerModel",
     "apply_delay_pattern",
     "place_voice",
     "revert_delay_pattern",
+    "stream_answers",
+    "stream_answers_async",
 ]

@@ -3,7 +3,7 @@
 Everything that touches transformers' private generation helpers is in this file.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -722,6 +722,28 @@ class MiniMindOGenerationMixin(GenerationMixin):
             audio_codes_mask=audio_codes_mask,
             **records,
         )
+
+    def stream(self, processor: Any, **kwargs) -> Iterator:
+        """
+        Answers prompts and yields text and sound while they are generated.
+
+        Args:
+            processor ([`MiniMindOProcessor`]): Its tokenizer and its codec.
+            **kwargs: The prompts and settings of [`~MiniMindOGenerationMixin.generate`], and `max_latency`, `pcm16`,
+                `skip_special_tokens` and `cancel` of [`stream_answers`].
+
+        Returns:
+            An iterator of [`MiniMindOStreamEvent`]. Closing it, or reading no further, ends the answer.
+        """
+        from .streaming_minimind_o import stream_answers
+
+        return stream_answers(self, processor, **kwargs)
+
+    def astream(self, processor: Any, **kwargs) -> AsyncIterator:
+        """As `stream`, for `async for`."""
+        from .streaming_minimind_o import stream_answers_async
+
+        return stream_answers_async(self, processor, **kwargs)
 
     @staticmethod
     def _synchronize(

@@ -53,6 +53,7 @@ PUBLIC_NAMES = [
     "MiniMindOPreTrainedModel",
     "MiniMindOProcessor",
     "MiniMindOStackOutput",
+    "MiniMindOStreamEvent",
     "MiniMindOStreamer",
     "MiniMindOTalkerModel",
     "MiniMindOThinkerModel",

@@ -37,9 +37,10 @@ def test_python_runs_as_written(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (320, 200), "orange").save(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
     snippets = blocks("python")
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     exec(compile("\n".join(snippets), "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "answer.wav").stat().st_size > 44
+    assert soundfile.info(tmp_path / "stream.wav").samplerate == 24000
     assert "frames of 80 ms" in capsys.readouterr().out
 
 

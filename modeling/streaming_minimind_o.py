@@ -1,0 +1,244 @@
+"""Answers as they are generated: text and sound, row by row, while `generate` runs in a thread of its own."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from .generation_minimind_o import MiniMindOStreamer
+from .streaming_codec_minimind_o import MimiStreamingDecoder, MimiStreamState
+
+FRAME_SECONDS = 0.08
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass
+class MiniMindOStreamEvent:
+    """
+    A piece of one row's answer.
+
+    Args:
+        row (`int`): Which row of the batch.
+        text (`str`): What was written since the row's last event; whole characters.
+        audio (`torch.Tensor` of shape `(num_samples,)`, *optional*):
+            What was spoken since then, at the codec's rate (24 kHz): float32 in [-1, 1], or int16 where asked for.
+        is_last (`bool`): Whether the row's answer is complete.
+    """
+
+    row: int
+    text: str = ""
+    audio: torch.Tensor | None = None
+    is_last: bool = False
+
+
+class _Queued(MiniMindOStreamer):
+    """Passes on what `generate` streams to the thread that reads it."""
+
+    def __init__(self, items: queue.SimpleQueue):
+        self.items, self.has_prompts = items, False
+
+    def put(self, value: torch.LongTensor):
+        if self.has_prompts:
+            self.items.put(("text", value.tolist()))
+        self.has_prompts = True
+
+    def put_audio(self, codes: torch.LongTensor, mask: torch.BoolTensor):
+        self.items.put(("audio", (codes, mask.tolist())))
+
+    def end(self):
+        pass
+
+
+class _StopOn(StoppingCriteria):
+    """Ends every row once an event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class _RowText:
+    """A row's tokens as text that only ever grows by whole characters."""
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool):
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
+        self.tokens: list[int] = []
+        self.written = ""
+
+    def add(self, token: int) -> str:
+        self.tokens.append(token)
+        return self._grow(is_end=False)
+
+    def _grow(self, is_end: bool) -> str:
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=self.skip_special_tokens)
+        # The bytes of an unfinished character are shown as one that stands for what cannot be read.
+        if not is_end:
+            text = text.rstrip(REPLACEMENT)
+        if not text.startswith(self.written):
+            return ""
+        new, self.written = text[len(self.written) :], text
+        return new
+
+    def end(self) -> str:
+        return self._grow(is_end=True)
+
+
+class _RowSound:
+    """A row's frames as sound: the first chunk is one frame, the next ones grow up to a limit."""
+
+    def __init__(self, decoder: MimiStreamingDecoder, limit: int):
+        self.decoder, self.limit = decoder, limit
+        self.state: MimiStreamState | None = None
+        self.frames: list[torch.LongTensor] = []
+        self.wanted = 1
+
+    def add(self, frame: torch.LongTensor) -> torch.Tensor | None:
+        self.frames.append(frame)
+        return self.flush() if len(self.frames) >= self.wanted else None
+
+    def flush(self) -> torch.Tensor | None:
+        if not self.frames:
+            return None
+        codes = torch.stack(self.frames, dim=-1).unsqueeze(0).to(self.decoder.codec.device)
+        waveform, self.state = self.decoder(codes, self.state)
+        self.frames = []
+        self.wanted = min(2 * self.wanted, self.limit)
+        return waveform[0].float().clamp(-1, 1).cpu()
+
+
+def stream_answers(
+    model: Any,
+    processor: Any,
+    *,
+    max_latency: float = 0.64,
+    pcm16: bool = False,
+    skip_special_tokens: bool = True,
+    cancel: threading.Event | None = None,
+    **inputs,
+) -> Iterator[MiniMindOStreamEvent]:
+    """
+    Answers prompts and yields text and sound while they are generated. The sound of a row's events, joined, is that of
+    `processor.decode(model.generate(...))`, to rounding.
+
+    Args:
+        model ([`MiniMindOForConditionalGeneration`]): The model.
+        processor ([`MiniMindOProcessor`]): Its tokenizer and its codec.
+        max_latency (`float`, defaults to 0.64):
+            Longest chunk of sound in seconds. The first is one frame (80 ms), and each is up to twice the one before:
+            sound starts soon, and decoding takes little time later.
+        pcm16 (`bool`, defaults to `False`): Whether sound is int16 in place of float32.
+        skip_special_tokens (`bool`, defaults to `True`): Whether special tokens are left out of the text.
+        cancel (`threading.Event`, *optional*): Ends the answer within a step once another thread sets it.
+        **inputs: As [`~MiniMindOGenerationMixin.generate`].
+
+    Yields:
+        [`MiniMindOStreamEvent`]: At last one for each row with `is_last`, with what was left.
+
+    Raises:
+        ValueError: As `generate`; the processor has no codec, though speech is asked for.
+    """
+    if max_latency < FRAME_SECONDS:
+        raise ValueError(f"`max_latency` must be at least a frame ({FRAME_SECONDS} s), got {max_latency}.")
+    mode = inputs.get("generation_mode", getattr(inputs.get("generation_config"), "generation_mode", None))
+    if processor.audio_tokenizer is None and mode != "text":
+        raise ValueError('The processor has no codec to speak with: attach one, or pass `generation_mode="text"`.')
+    if inputs.get("streamer") is not None:
+        raise ValueError("`stream` has a streamer of its own: pass yours to `generate`.")
+    return _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, inputs)
+
+
+def _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, inputs):
+    # A generator of its own, so that what is wrong is said when it is called and not when it is first read.
+    items: queue.SimpleQueue = queue.SimpleQueue()
+    stop = threading.Event() if cancel is None else cancel
+    own_stop = threading.Event()
+    criteria = StoppingCriteriaList([*(inputs.pop("stopping_criteria", None) or []), _StopOn(stop), _StopOn(own_stop)])
+
+    def run():
+        try:
+            model.generate(
+                **{
+                    **inputs,
+                    "streamer": _Queued(items),
+                    "stopping_criteria": criteria,
+                    "return_dict_in_generate": True,
+                }
+            )
+            items.put(("end", None))
+        except BaseException as error:  # whatever it is, the reader is told
+            items.put(("error", error))
+
+    decoder = None if processor.audio_tokenizer is None else MimiStreamingDecoder(processor.audio_tokenizer)
+    limit = max(1, int(max_latency / FRAME_SECONDS + 1e-6))
+    texts: dict[int, _RowText] = {}
+    sounds: dict[int, _RowSound] = {}
+
+    def sound(waveform: torch.Tensor | None) -> torch.Tensor | None:
+        return (waveform * 32767).round().to(torch.int16) if pcm16 and waveform is not None else waveform
+
+    thread = threading.Thread(target=run, name="minimind-o-generate", daemon=True)
+    thread.start()
+    try:
+        num_rows = 0
+        while True:
+            kind, value = items.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                break
+            if kind == "text":
+                num_rows = max(num_rows, len(value))
+                for row, token in enumerate(value):
+                    text = texts.setdefault(row, _RowText(processor.tokenizer, skip_special_tokens)).add(token)
+                    if text:
+                        yield MiniMindOStreamEvent(row, text=text)
+            else:
+                frames, has_frame = value
+                num_rows = max(num_rows, len(frames))
+                for row in range(len(frames)):
+                    if has_frame[row]:
+                        waveform = sounds.setdefault(row, _RowSound(decoder, limit)).add(frames[row])
+                        if waveform is not None:
+                            yield MiniMindOStreamEvent(row, audio=sound(waveform))
+        for row in range(num_rows):
+            text = texts[row].end() if row in texts else ""
+            waveform = sounds[row].flush() if row in sounds else None
+            yield MiniMindOStreamEvent(row, text=text, audio=sound(waveform), is_last=True)
+    finally:
+        # The reader may have stopped: the answer ends within a step, and its thread with it.
+        own_stop.set()
+        thread.join()
+
+
+async def stream_answers_async(model: Any, processor: Any, **kwargs) -> AsyncIterator[MiniMindOStreamEvent]:
+    """
+    As [`stream_answers`], for `async for`: other tasks run while the next event is awaited. Where the task is
+    cancelled or the iterator closed, `cancel` is set.
+    """
+    cancel = kwargs.pop("cancel", None) or threading.Event()
+    events = stream_answers(model, processor, cancel=cancel, **kwargs)
+    end = object()
+    waiting = None
+    try:
+        while True:
+            waiting = asyncio.ensure_future(asyncio.to_thread(next, events, end))
+            event = await asyncio.shield(waiting)
+            if event is end:
+                return
+            yield event
+    finally:
+        cancel.set()
+        # A generator cannot be closed while another thread is in it.
+        if waiting is not None and not waiting.done():
+            await asyncio.wait([waiting])
+        await asyncio.to_thread(events.close)
+
+
+__all__ = ["MiniMindOStreamEvent", "stream_answers", "stream_answers_async"]

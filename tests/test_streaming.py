@@ -1,0 +1,214 @@
+"""Streamed answers: the same text and sound as at once, soon, whole characters, and an end when nobody listens."""
+
+import asyncio
+import itertools
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from minimind_o_hf.modeling.streaming_minimind_o import _RowText
+from transformers import AutoModelForMultimodalLM
+
+CHAT = [{"role": "user", "content": "Hello there!"}]
+
+
+@pytest.fixture(scope="module")
+def model(nano):
+    return AutoModelForMultimodalLM.from_pretrained(nano)
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    chats = [CHAT, [{"role": "user", "content": "A longer question, with more words: why is the sky blue?"}]]
+    inputs = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, add_generation_prompt=True, voice=["alba", None]
+    )
+    # An untrained model stops where it likes: these seeds speak for a while.
+    return {**inputs, "seeds": [3, 4], "max_new_tokens": 60}
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "minimind-o-generate"]
+
+
+@contextmanager
+def counted_steps(model):
+    steps = []
+    hook = model.register_forward_pre_hook(lambda *args: steps.append(1))
+    try:
+        yield steps
+    finally:
+        hook.remove()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    yield
+    assert not threads()
+
+
+@pytest.mark.parametrize("max_latency", [0.08, 0.64, 10.0])
+def test_streamed_is_what_is_said_at_once(model, processor, inputs, max_latency):
+    outputs = model.generate(**inputs)
+    answers = processor.decode(outputs)
+    events = list(model.stream(processor, **inputs, max_latency=max_latency))
+    for row, answer in enumerate(answers):
+        mine = [event for event in events if event.row == row]
+        assert [event.is_last for event in mine] == [False] * (len(mine) - 1) + [True]
+        said = torch.cat([event.audio for event in mine if event.audio is not None] or [torch.zeros(0)])
+        assert said.dtype == torch.float32
+        frames = int(outputs.audio_codes_mask[row].sum())
+        assert len(said) == 1920 * frames
+        torch.testing.assert_close(said, answer.audio[: len(said)], rtol=0, atol=1e-5)
+        text = "".join(event.text for event in mine)
+        ids = outputs.sequences[row, outputs.prompt_length :]
+        assert text == processor.tokenizer.decode(ids, skip_special_tokens=True)
+    assert sum(int(mask.sum()) for mask in outputs.audio_codes_mask) > 20
+
+
+def test_chunks_grow_up_to_the_latency(model, processor, inputs):
+    events = list(model.stream(processor, **inputs, max_latency=0.4))
+    for row in (0, 1):
+        chunks = [len(event.audio) // 1920 for event in events if event.row == row and event.audio is not None]
+        if len(chunks) > 4:
+            assert chunks[:4] == [1, 2, 4, 5]
+            assert set(chunks[4:-1]) <= {5}
+            assert chunks[-1] <= 5
+            return
+    pytest.fail("no row spoke for long enough")
+
+
+def test_sound_comes_before_the_answer_is_complete(model, processor, inputs):
+    with counted_steps(model) as steps:
+        events = model.stream(processor, **inputs)
+        next(event for event in events if event.audio is not None)
+        seen = len(steps)
+        rest = list(events)
+    assert rest[-1].is_last
+    assert seen < len(steps)
+
+
+def test_pcm16(model, processor, inputs):
+    whole = [event.audio for event in model.stream(processor, **inputs) if event.audio is not None]
+    pcm = [event.audio for event in model.stream(processor, **inputs, pcm16=True) if event.audio is not None]
+    assert all(chunk.dtype == torch.int16 for chunk in pcm)
+    torch.testing.assert_close(torch.cat(pcm).float() / 32767, torch.cat(whole), rtol=0, atol=2e-5)
+
+
+def test_text_alone(model, processor, inputs):
+    events = list(model.stream(processor, **inputs, generation_mode="text"))
+    assert all(event.audio is None for event in events)
+    assert sum(event.is_last for event in events) == 2
+
+
+def test_a_character_is_never_cut(processor):
+    text = "中文 ✓ 🙂 é"
+    row = _RowText(processor.tokenizer, True)
+    parts = [row.add(token) for token in processor.tokenizer(text)["input_ids"]]
+    assert len(parts) > len(text)  # several tokens a character
+    assert "".join(parts) + row.end() == text
+    assert not any("\ufffd" in part for part in parts)
+    # Bytes that never become a character are shown at the end.
+    row = _RowText(processor.tokenizer, True)
+    assert row.add(processor.tokenizer("🙂")["input_ids"][0]) == ""
+    assert row.end() == "\ufffd"
+
+
+@pytest.mark.parametrize("how", ["close", "break", "event", "delete"])
+def test_nobody_listens(model, processor, inputs, how):
+    cancel = threading.Event()
+    with counted_steps(model) as steps:
+        settings = {**inputs, "max_new_tokens": 4000, "min_new_tokens": 4000}
+        events = model.stream(processor, **settings, cancel=cancel)
+        list(itertools.islice(events, 3))
+        assert threads()
+        if how == "close":
+            events.close()
+        elif how == "event":
+            cancel.set()
+            assert sum(event.is_last for event in events) == 2  # what was left is still given
+        else:
+            del events
+        assert not threads()
+        after = len(steps)
+        time.sleep(0.2)
+    assert len(steps) == after < 1000
+
+
+def test_an_error_inside_reaches_the_reader(model, processor, inputs):
+    events = model.stream(processor, **{**inputs, "input_ids": inputs["input_ids"] + 5000})
+    with pytest.raises(ValueError, match="vocabulary"):
+        next(events)
+    calls = []
+
+    def fail(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("the device is gone")
+
+    hook = model.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            list(model.stream(processor, **inputs))
+    finally:
+        hook.remove()
+
+
+def test_bad_settings(model, processor, inputs, nano):
+    with pytest.raises(ValueError, match="at least a frame"):
+        model.stream(processor, **inputs, max_latency=0.01)
+    with pytest.raises(ValueError, match="streamer of its own"):
+        model.stream(processor, **inputs, streamer=object())
+    silent = type(processor).from_pretrained(nano, load_audio_tokenizer=False)
+    with pytest.raises(ValueError, match="no codec"):
+        model.stream(silent, **inputs)
+    assert list(model.stream(silent, **inputs, generation_mode="text"))[-1].is_last
+
+
+def test_async(model, processor, inputs):
+    expected = [(event.row, event.text, event.is_last) for event in model.stream(processor, **inputs)]
+    ticks = []
+
+    async def tick():
+        while True:
+            ticks.append(1)
+            await asyncio.sleep(0.001)
+
+    async def listen():
+        ticking = asyncio.ensure_future(tick())
+        found = [(event.row, event.text, event.is_last) async for event in model.astream(processor, **inputs)]
+        ticking.cancel()
+        return found
+
+    assert asyncio.run(listen()) == expected
+    assert len(ticks) > 5  # others had their turn
+
+
+def test_async_cancelled(model, processor, inputs):
+    async def listen():
+        settings = {**inputs, "max_new_tokens": 4000, "min_new_tokens": 4000}
+        async for _ in model.astream(processor, **settings):
+            pass
+
+    async def main():
+        task = asyncio.ensure_future(listen())
+        await asyncio.sleep(0.5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    begin = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - begin < 20
+
+
+def test_two_at_once(model, processor, inputs):
+    expected = [[(event.row, event.text) for event in model.stream(processor, **inputs)] for _ in range(1)]
+    both = [model.stream(processor, **inputs), model.stream(processor, **inputs)]
+    found = [[], []]
+    for pair in itertools.zip_longest(*both):
+        for index, event in enumerate(pair):
+            found[index].append((event.row, event.text))
+    assert found == expected * 2

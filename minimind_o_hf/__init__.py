@@ -35,6 +35,7 @@ from .processing import (  # noqa: E402
     MiniMindOFeatureExtractor,
     MiniMindOProcessor,
     load_audio,
+    read_mark,
 )
 from .registration import register  # noqa: E402
 
@@ -63,5 +64,6 @@ __all__ = [
     "apply_delay_pattern",
     "load_audio",
     "place_voice",
+    "read_mark",
     "revert_delay_pattern",
 ]

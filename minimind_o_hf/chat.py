@@ -159,7 +159,7 @@ def answer(
         tokens = outputs.sequences.shape[1] - outputs.prompt_length
         print(f"{tokens} tokens in {seconds:.1f} s", file=sys.stderr)
         return result
-    processor.save_audio(result.audio, out)
+    processor.save_audio(result.audio, out, model=Path(options.model or "nano").name, voice=options.voice)
     duration = len(result.audio) / result.sampling_rate
     note = "" if duration else ", no complete frame: a short silence"
     print(

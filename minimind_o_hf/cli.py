@@ -1,6 +1,7 @@
 """The `minimind-o` command."""
 
 import argparse
+import json
 import os
 import sys
 from importlib.metadata import version
@@ -60,6 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that stands there")
     _add_data(commands)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="say whether a sound file is marked as AI-generated",
+        description="Prints the mark of a sound file as JSON, or that it has none. Files without a mark may be "
+        "generated all the same: marks can be removed.",
+    )
+    inspect.add_argument("file", metavar="FILE")
     return parser
 
 
@@ -160,6 +169,12 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.command == "data":
         _run_data(options)
+        return
+    if options.command == "inspect":
+        from .processing import read_mark
+
+        mark = read_mark(options.file)
+        print(f"{options.file}: no mark" if mark is None else json.dumps(mark, ensure_ascii=False))
         return
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.command == "init":

@@ -51,6 +51,7 @@ class SampleCallback(TrainerCallback):
         if every < 1 or not prompts:
             raise ValueError(f"Samples need prompts and a number of steps above 0, got {prompts!r:.80} and {every}.")
         self.trainer, self.processor, self.every, self.max_new_tokens = trainer, processor, every, max_new_tokens
+        self.voice = voice
         chats = [
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt) for prompt in prompts
         ]
@@ -96,7 +97,13 @@ class SampleCallback(TrainerCallback):
                 temporary.write_text(answer.text, encoding="utf-8")
             if answer.audio is None:
                 continue
-            self.processor.save_audio(answer.audio, folder / f"{index}.wav", answer.sampling_rate)
+            self.processor.save_audio(
+                answer.audio,
+                folder / f"{index}.wav",
+                answer.sampling_rate,
+                model=f"{Path(trainer.args.output_dir or '.').name}, step {step}",
+                voice=self.voice,
+            )
             for board in boards:
                 if board.tb_writer is not None and len(answer.audio):
                     sound = answer.audio.float().cpu()[None]

@@ -3,7 +3,8 @@
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,34 +91,80 @@ class _RowText:
         return self._grow(is_end=True)
 
 
-class _RowSound:
-    """A row's frames as sound: the first chunk is one frame, the next ones grow up to a limit."""
+class _Pace:
+    """
+    When waiting frames are decoded. The first one at once; then as late, and so as many together, as a listener who
+    plays without a pause allows. Where frames come too slowly for that, chunks double up to the limit, so that
+    decoding does not slow them further.
 
-    def __init__(self, decoder: MimiStreamingDecoder, limit: int):
-        self.decoder, self.limit = decoder, limit
+    Args:
+        limit (`int`): Most frames that wait.
+        clock (callable): The time in seconds.
+    """
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic):
+        self.limit, self.clock = limit, clock
+        self.began: float | None = None  # when the first chunk was there
+        self.last_frame = 0.0
+        self.given = self.interval = self.decoding = 0.0  # seconds
+        self.wanted = 1
+
+    def is_due(self, waiting: int) -> bool:
+        """Whether so many waiting frames, of which the last has just come, are to be decoded now."""
+        now = self.clock()
+        if self.began is None:
+            return True
+        self.interval = (
+            now - self.last_frame if self.interval == 0 else 0.8 * self.interval + 0.2 * (now - self.last_frame)
+        )
+        self.last_frame = now
+        ahead = self.given - (now - self.began)
+        if waiting >= self.limit:
+            return True
+        if ahead < 0:
+            return waiting >= self.wanted
+        # Another frame, and the decoding, must fit before what was given has been played; both may take longer.
+        return ahead < 2 * (self.interval + self.decoding)
+
+    def gave(self, frames: int, seconds: float) -> None:
+        """So many frames have been decoded, which took so long."""
+        now = self.clock()
+        if self.began is None:
+            self.began = self.last_frame = now
+        self.given += frames * FRAME_SECONDS
+        self.decoding = seconds
+        self.wanted = min(2 * self.wanted, self.limit)
+
+
+class _RowSound:
+    """A row's frames as sound."""
+
+    def __init__(self, decoder: MimiStreamingDecoder, pace: _Pace):
+        self.decoder, self.pace = decoder, pace
         self.state: MimiStreamState | None = None
         self.frames: list[torch.LongTensor] = []
-        self.wanted = 1
 
     def add(self, frame: torch.LongTensor) -> torch.Tensor | None:
         self.frames.append(frame)
-        return self.flush() if len(self.frames) >= self.wanted else None
+        return self.flush() if self.pace.is_due(len(self.frames)) else None
 
     def flush(self) -> torch.Tensor | None:
         if not self.frames:
             return None
+        begin = self.pace.clock()
         codes = torch.stack(self.frames, dim=-1).unsqueeze(0).to(self.decoder.codec.device)
         waveform, self.state = self.decoder(codes, self.state)
+        sound = waveform[0].float().clamp(-1, 1).cpu()
+        self.pace.gave(len(self.frames), self.pace.clock() - begin)
         self.frames = []
-        self.wanted = min(2 * self.wanted, self.limit)
-        return waveform[0].float().clamp(-1, 1).cpu()
+        return sound
 
 
 def stream_answers(
     model: Any,
     processor: Any,
     *,
-    max_latency: float = 0.64,
+    max_latency: float = 1.28,
     pcm16: bool = False,
     skip_special_tokens: bool = True,
     cancel: threading.Event | None = None,
@@ -130,9 +177,9 @@ def stream_answers(
     Args:
         model ([`MiniMindOForConditionalGeneration`]): The model.
         processor ([`MiniMindOProcessor`]): Its tokenizer and its codec.
-        max_latency (`float`, defaults to 0.64):
-            Longest chunk of sound in seconds. The first is one frame (80 ms), and each is up to twice the one before:
-            sound starts soon, and decoding takes little time later.
+        max_latency (`float`, defaults to 1.28):
+            Longest chunk of sound in seconds. The first is one frame (80 ms): sound starts soon. Later ones are as
+            long as a listener who plays them without a pause allows: decoding takes little time.
         pcm16 (`bool`, defaults to `False`): Whether sound is int16 in place of float32.
         skip_special_tokens (`bool`, defaults to `True`): Whether special tokens are left out of the text.
         cancel (`threading.Event`, *optional*): Ends the answer within a step once another thread sets it.
@@ -204,7 +251,7 @@ def _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, i
                 num_rows = max(num_rows, len(frames))
                 for row in range(len(frames)):
                     if has_frame[row]:
-                        waveform = sounds.setdefault(row, _RowSound(decoder, limit)).add(frames[row])
+                        waveform = sounds.setdefault(row, _RowSound(decoder, _Pace(limit))).add(frames[row])
                         if waveform is not None:
                             yield MiniMindOStreamEvent(row, audio=sound(waveform))
         for row in range(num_rows):

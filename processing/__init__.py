@@ -9,6 +9,7 @@ from .audio_minimind_o import load_audio
 from .chat_template_minimind_o import CHAT_TEMPLATE
 from .feature_extraction_campplus import CamPlusPlusFeatureExtractor
 from .feature_extraction_minimind_o import MiniMindOFeatureExtractor
+from .marks_minimind_o import make_mark, read_mark
 from .processing_minimind_o import MiniMindOAnswer, MiniMindOProcessor
 
 __all__ = [
@@ -18,4 +19,6 @@ __all__ = [
     "MiniMindOFeatureExtractor",
     "MiniMindOProcessor",
     "load_audio",
+    "make_mark",
+    "read_mark",
 ]

@@ -22,6 +22,7 @@ from .audio_minimind_o import AudioSource, load_audio, split_clips
 from .chat_template_minimind_o import CHAT_TEMPLATE
 from .feature_extraction_minimind_o import MiniMindOFeatureExtractor
 from .image_minimind_o import ImageSource, load_image, split_images
+from .marks_minimind_o import make_mark, write_mark
 from .voices_minimind_o import (
     VOICES_NAME,
     Voice,
@@ -438,9 +439,18 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         samples_per_frame = round(codec.config.sampling_rate / codec.config.frame_rate)
         return [row[: count * samples_per_frame].clone() for row, count in zip(sound, frames, strict=True)]
 
-    def save_audio(self, audio, path, sampling_rate: int | None = None) -> None:
+    def save_audio(
+        self,
+        audio,
+        path,
+        sampling_rate: int | None = None,
+        model: str | None = None,
+        voice: str | None = None,
+        generated: bool = True,
+    ) -> None:
         """
-        Write one waveform, or a list of them, as 16-bit audio files.
+        Write one waveform, or a list of them, as 16-bit audio files, marked as AI-generated in their metadata
+        (`read_mark` reads the mark).
 
         Args:
             audio (`torch.Tensor` or `np.ndarray` of shape `(num_samples,)`, or a list of them):
@@ -450,6 +460,10 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
                 The file or files; the suffix says the format (.wav, .flac, .ogg).
             sampling_rate (`int`, *optional*):
                 Rate in Hz; the codec's (24 kHz) where omitted.
+            model, voice (`str`, *optional*):
+                What spoke, and in which voice, for the mark.
+            generated (`bool`, *optional*, defaults to `True`):
+                Whether the sound is marked; not for recordings.
 
         Raises:
             `ValueError`: samples that are no finite 1-D array, another number of paths, or an unknown suffix.
@@ -460,8 +474,9 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         if len(waveforms) != len(paths):
             raise ValueError(f"{len(waveforms)} waveforms cannot be written to {len(paths)} paths")
         rate = sampling_rate or self._output_rate
+        mark = make_mark(model, voice) if generated else None
         for waveform, target in zip(waveforms, paths, strict=True):
-            _write_audio(waveform, Path(target), rate)
+            _write_audio(waveform, Path(target), rate, mark)
 
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
@@ -629,7 +644,7 @@ def _source(block: Mapping[str, Any], keys: tuple[str, ...]):
     return source
 
 
-def _write_audio(waveform, path: Path, sampling_rate: int) -> None:
+def _write_audio(waveform, path: Path, sampling_rate: int, mark: dict[str, Any] | None) -> None:
     if isinstance(waveform, torch.Tensor):
         waveform = waveform.detach().cpu()
         waveform = (waveform.float() if waveform.is_floating_point() else waveform).numpy()
@@ -649,8 +664,13 @@ def _write_audio(waveform, path: Path, sampling_rate: int) -> None:
         samples = np.zeros(round(0.08 * sampling_rate), dtype=np.float32)
     subtype = "VORBIS" if file_format == "OGG" else "PCM_16"
     try:
-        with written_whole(path) as partial:
-            soundfile.write(partial, samples.clip(-1, 1), sampling_rate, subtype, format=file_format)
+        with (
+            written_whole(path) as partial,
+            soundfile.SoundFile(partial, "w", sampling_rate, 1, subtype, format=file_format) as file,
+        ):
+            if mark is not None:
+                write_mark(file, mark)
+            file.write(samples.clip(-1, 1))
     except soundfile.SoundFileError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 

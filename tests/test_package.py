@@ -60,6 +60,7 @@ PUBLIC_NAMES = [
     "apply_delay_pattern",
     "load_audio",
     "place_voice",
+    "read_mark",
     "revert_delay_pattern",
 ]
 

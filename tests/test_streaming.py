@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from minimind_o_hf.modeling.streaming_minimind_o import _RowText
+from minimind_o_hf.modeling.streaming_minimind_o import _Pace, _RowText
 from transformers import AutoModelForMultimodalLM
 
 CHAT = [{"role": "user", "content": "Hello there!"}]
@@ -27,6 +27,23 @@ def inputs(processor):
     )
     # An untrained model stops where it likes: these seeds speak for a while.
     return {**inputs, "seeds": [3, 4], "max_new_tokens": 60}
+
+
+def joined(events):
+    """Each row's text and sound; how they are cut is a matter of time."""
+    texts, sounds = {}, {}
+    for event in events:
+        texts[event.row] = texts.get(event.row, "") + event.text
+        if event.audio is not None:
+            sounds.setdefault(event.row, []).append(event.audio)
+    return texts, {row: torch.cat(chunks) for row, chunks in sounds.items()}
+
+
+def assert_same(found, expected):
+    assert found[0] == expected[0]
+    assert found[1].keys() == expected[1].keys()
+    for row, sound in expected[1].items():
+        torch.testing.assert_close(found[1][row], sound, rtol=0, atol=1e-5)
 
 
 def threads():
@@ -68,16 +85,48 @@ def test_streamed_is_what_is_said_at_once(model, processor, inputs, max_latency)
     assert sum(int(mask.sum()) for mask in outputs.audio_codes_mask) > 20
 
 
-def test_chunks_grow_up_to_the_latency(model, processor, inputs):
+def test_no_chunk_is_longer_than_the_latency(model, processor, inputs):
     events = list(model.stream(processor, **inputs, max_latency=0.4))
-    for row in (0, 1):
-        chunks = [len(event.audio) // 1920 for event in events if event.row == row and event.audio is not None]
-        if len(chunks) > 4:
-            assert chunks[:4] == [1, 2, 4, 5]
-            assert set(chunks[4:-1]) <= {5}
-            assert chunks[-1] <= 5
-            return
-    pytest.fail("no row spoke for long enough")
+    chunks = [len(event.audio) // 1920 for event in events if event.row == 0 and event.audio is not None]
+    assert chunks[0] == 1
+    assert max(chunks) <= 5
+    assert sum(chunks) > 8
+
+
+def play(step, decode, frames=100, limit=16):
+    """Chunks of a stream whose frames take `step` seconds and whose decoding `decode`; and pauses in playing."""
+    now = [0.0]
+    pace = _Pace(limit, clock=lambda: now[0])
+    waiting, chunks, plays_until, pauses = 0, [], None, 0.0
+    for _ in range(frames):
+        now[0] += step
+        waiting += 1
+        if pace.is_due(waiting):
+            now[0] += decode
+            pace.gave(waiting, decode)
+            if plays_until is not None and now[0] > plays_until:
+                pauses += now[0] - plays_until
+            plays_until = max(now[0], plays_until or 0.0) + 0.08 * waiting
+            chunks.append(waiting)
+            waiting = 0
+    return chunks, pauses
+
+
+@pytest.mark.parametrize("step", [0.004, 0.015, 0.029])
+def test_chunks_grow_while_playing_is_ahead_and_never_pauses(step):
+    chunks, pauses = play(step, 0.037)
+    assert chunks[0] == 1
+    assert pauses == 0
+    # Two frames a chunk, on average, would cost twice what four cost.
+    assert sum(chunks) / len(chunks) > (2 if step > 0.02 else 4)
+    assert max(chunks) <= 16
+
+
+def test_chunks_double_where_playing_cannot_keep_up():
+    chunks, pauses = play(0.1, 0.037)
+    assert pauses > 0
+    assert chunks[:4] == [1, 2, 4, 8]
+    assert set(chunks[4:]) == {16}
 
 
 def test_sound_comes_before_the_answer_is_complete(model, processor, inputs):
@@ -91,10 +140,11 @@ def test_sound_comes_before_the_answer_is_complete(model, processor, inputs):
 
 
 def test_pcm16(model, processor, inputs):
-    whole = [event.audio for event in model.stream(processor, **inputs) if event.audio is not None]
-    pcm = [event.audio for event in model.stream(processor, **inputs, pcm16=True) if event.audio is not None]
-    assert all(chunk.dtype == torch.int16 for chunk in pcm)
-    torch.testing.assert_close(torch.cat(pcm).float() / 32767, torch.cat(whole), rtol=0, atol=2e-5)
+    _, whole = joined(model.stream(processor, **inputs))
+    _, pcm = joined(model.stream(processor, **inputs, pcm16=True))
+    for row, sound in whole.items():
+        assert pcm[row].dtype == torch.int16
+        torch.testing.assert_close(pcm[row].float() / 32767, sound, rtol=0, atol=3e-5)
 
 
 def test_text_alone(model, processor, inputs):
@@ -168,7 +218,7 @@ def test_bad_settings(model, processor, inputs, nano):
 
 
 def test_async(model, processor, inputs):
-    expected = [(event.row, event.text, event.is_last) for event in model.stream(processor, **inputs)]
+    expected = joined(model.stream(processor, **inputs))
     ticks = []
 
     async def tick():
@@ -178,11 +228,11 @@ def test_async(model, processor, inputs):
 
     async def listen():
         ticking = asyncio.ensure_future(tick())
-        found = [(event.row, event.text, event.is_last) async for event in model.astream(processor, **inputs)]
+        found = [event async for event in model.astream(processor, **inputs)]
         ticking.cancel()
         return found
 
-    assert asyncio.run(listen()) == expected
+    assert_same(joined(asyncio.run(listen())), expected)
     assert len(ticks) > 5  # others had their turn
 
 
@@ -205,10 +255,12 @@ def test_async_cancelled(model, processor, inputs):
 
 
 def test_two_at_once(model, processor, inputs):
-    expected = [[(event.row, event.text) for event in model.stream(processor, **inputs)] for _ in range(1)]
+    expected = joined(model.stream(processor, **inputs))
     both = [model.stream(processor, **inputs), model.stream(processor, **inputs)]
     found = [[], []]
     for pair in itertools.zip_longest(*both):
         for index, event in enumerate(pair):
-            found[index].append((event.row, event.text))
-    assert found == expected * 2
+            if event is not None:
+                found[index].append(event)
+    for events in found:
+        assert_same(joined(events), expected)

@@ -212,7 +212,7 @@ def _write_sounds(
     made = []
     for name, wave, rate in waves:
         target = folder / f"{name}.wav"
-        processor.save_audio(wave, target, rate)
+        processor.save_audio(wave, target, rate, generated=False)
         seconds = len(wave) / rate
         made.append(f"{target}: {seconds:.2f} s")
     return made

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from minimind_o_hf.modeling.streaming_minimind_o import FRAME_SECONDS, _Pace
 from transformers import MimiConfig, MimiModel
 
 from minimind_o_hf import MimiStreamingDecoder, MiniMindOConfig, MiniMindOForConditionalGeneration
-from minimind_o_hf.modeling.streaming_minimind_o import FRAME_SECONDS, _Pace
 from minimind_o_hf.presets import _nano_configs
 
 PROMPT_LENGTH = 32

@@ -22,6 +22,8 @@ EXTRAS = {
     "pipeline": [TORCHVISION],
     # Adapters, pictures of training data, and logs.
     "train": ["peft>=0.17", "matplotlib>=3.8", "tensorboard>=2.15"],
+    # `minimind-o voices play` through a loudspeaker; without it, into a file.
+    "play": ["sounddevice>=0.4.6"],
     # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
     "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5"],
@@ -54,6 +56,7 @@ setup(
         "datasets>=4",
         "pyarrow>=15",
         "tqdm>=4.60",
+        "filelock>=3.10",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minimind-o=minimind_o_hf.cli:main"]},

@@ -130,9 +130,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     model, codec = build(options.quick)
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.frames * FRAME_SECONDS:.1f} s of speech"
-    )
+    seconds = options.frames * FRAME_SECONDS
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {seconds:.1f} s of speech")
     first, step = generation_seconds(model)
     print(f"prefill and first step {first * 1e3:.0f} ms, a further step {step * 1e3:.1f} ms")
     codes = torch.randint(0, codec.config.codebook_size, (1, 8, options.frames))

@@ -38,6 +38,7 @@ from .processing import (  # noqa: E402
     read_mark,
 )
 from .registration import register  # noqa: E402
+from .voices import Voice, VoiceLibrary  # noqa: E402
 
 register()
 
@@ -61,6 +62,8 @@ __all__ = [
     "MiniMindOStreamer",
     "MiniMindOTalkerModel",
     "MiniMindOThinkerModel",
+    "Voice",
+    "VoiceLibrary",
     "apply_delay_pattern",
     "load_audio",
     "place_voice",

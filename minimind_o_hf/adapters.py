@@ -3,7 +3,13 @@
 import os
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+
+try:
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+except ImportError as error:
+    raise ImportError('Adapters need PEFT: pip install "minimind_o_hf[train]"') from error
 
 from .modeling import MiniMindOForConditionalGeneration
 
@@ -67,15 +73,24 @@ def merge_adapter(
     Raises:
         ValueError: It is no adapter, or one of a model of other sizes.
     """
+    if not os.path.isdir(adapter) and os.fspath(adapter).count("/") != 1:
+        raise FileNotFoundError(f"There is no directory {adapter}, and a Hub id has the form OWNER/NAME.")
+    refused = f"The adapter {adapter} cannot be put on {model.name_or_path or 'this model'}"
     try:
         merged: Any = PeftModel.from_pretrained(model, os.fspath(adapter), **kwargs)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        saved = load_peft_weights(os.fspath(adapter), device="cpu")
+    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        # The first line of torch's message says only that there are errors.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ValueError(f"{refused}: {lines[min(1, len(lines) - 1)]}. Use the model it was trained on.") from error
+    # PEFT puts what is there where it fits, and is silent about the rest.
+    different = saved.keys() ^ get_peft_model_state_dict(merged).keys()
+    if different:
         raise ValueError(
-            f"The adapter {adapter} cannot be put on {model.name_or_path or 'this model'}: {reason}. Use the model it "
-            "was trained on."
-        ) from error
+            f"{refused}: {len(different)} of its tensors have no place there or are missing, among them "
+            f"{min(different)}. Use the model it was trained on."
+        )
     return merged.merge_and_unload()
 
 
-__all__ = ["PRESETS", "lora_config", "merge_adapter"]
+__all__ = ["PRESETS", "get_peft_model", "lora_config", "merge_adapter"]

@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_peft_available
 from .modeling import MiniMindOForConditionalGeneration
 from .presets import default_checkpoint
 from .processing import MiniMindOAnswer, MiniMindOProcessor
+from .voices import VoiceLibrary
 
 HELP = """\
 Type a message, or one of:
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="picture to look at (repeatable)")
     parser.add_argument("--system", metavar="S", help="system prompt")
-    parser.add_argument("--voice", metavar="NAME", help="voice of the checkpoint to answer in")
+    parser.add_argument("--voice", metavar="NAME", help="voice of the checkpoint, or of your library, to answer in")
     parser.add_argument(
         "--out",
         metavar="WAV",
@@ -94,6 +95,7 @@ def load(
 
 def check(options: argparse.Namespace, processor: MiniMindOProcessor) -> None:
     """Refuses, before anything is generated, what would be lost after it."""
+    check_voice(options.voice, processor)
     if options.text_only:
         return
     if processor.audio_tokenizer is None:
@@ -106,15 +108,20 @@ def check(options: argparse.Namespace, processor: MiniMindOProcessor) -> None:
         raise ValueError(f"--out {out}: the name must end in .wav, .flac or .ogg.")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}.")
-    check_voice(options.voice, processor)
 
 
 def check_voice(name: str | None, processor: MiniMindOProcessor) -> None:
-    """Refuses a voice that the checkpoint does not have."""
-    if name is not None and name not in processor.voices:
+    """Refuses a voice that neither the checkpoint nor the user's library has; the library's joins the checkpoint's."""
+    if name is None or name in processor.voices:
+        return
+    library = VoiceLibrary()
+    voices = library.voices()
+    if name not in voices:
         raise ValueError(
-            f"There is no voice {name!r}: the checkpoint has {', '.join(sorted(processor.voices)) or 'none'}."
+            f"There is no voice {name!r}: the checkpoint has {', '.join(sorted(processor.voices)) or 'none'}, the "
+            f"library {library.path} has {', '.join(voices) or 'none'}."
         )
+    processor.add_voice(name, voices[name])
 
 
 def message(text: str | None, audio: list[str], images: list[str]) -> dict:

@@ -32,6 +32,13 @@ class WholeCheckpoints(Trainer):
         self._remove(Path(self._get_output_dir(None)) / STAGING)
         return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        # A finished run that is started again is finished: transformers looks after a step only.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _remove(self, folder: Path) -> None:
         # One process of each machine, as there may be no common disk; before the others write.
         if self.is_local_process_zero():

@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint that stands there")
     _add_data(commands)
+    from .voices_cli import add_arguments as add_voices
+
+    add_voices(commands)
 
     inspect = commands.add_parser(
         "inspect",
@@ -169,6 +172,11 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.command == "data":
         _run_data(options)
+        return
+    if options.command in ("voices", "say"):
+        from .voices_cli import run
+
+        run(options)
         return
     if options.command == "inspect":
         from .processing import read_mark

@@ -71,7 +71,7 @@ def _local_directory(source: PathLike, what: str, patterns: list[str]) -> Path:
         raise OSError(f"{what}: {source} does not exist here and cannot be downloaded: {error}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path) -> dict[str, Any]:
     """Read a state dict from a safetensors or a PyTorch file, on the CPU; nothing is unpickled but tensors.
 
     Raises:
@@ -162,7 +162,7 @@ def load_sensevoice_encoder(path: PathLike, num_attention_heads: int = 4) -> Fun
     """
     path = Path(path).expanduser()
     path = path / "model.pt" if path.is_dir() else path
-    state = _read_tensors(path)
+    state = read_tensors(path)
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -326,7 +326,7 @@ def convert_campplus(source: PathLike, directory: PathLike, overwrite: bool = Fa
     target = Path(directory).expanduser().resolve()
     with new_directory(target, overwrite) as temporary:
         counter = "num_batches_tracked"  # of training; some files hold it, some do not
-        read = _check_state(_read_tensors(path), path)
+        read = _check_state(read_tensors(path), path)
         read = {name: tensor for name, tensor in read.items() if not name.endswith(counter)}
         config = CamPlusPlusConfig()
         with torch.device("meta"):
@@ -365,7 +365,7 @@ def _read_source(source: PathLike) -> tuple[dict[str, torch.Tensor], MiniMindOCo
     """State dict (original names), configuration, and the directory where tokenizer files may lie."""
     path = _local_directory(source, "the checkpoint", _SOURCE_FILES)
     if path.is_file():
-        state = _check_state(_read_tensors(path), path)
+        state = _check_state(read_tensors(path), path)
         return state, _infer_config(state, path), path.parent
 
     if not (path / "config.json").is_file():
@@ -382,7 +382,7 @@ def _read_source(source: PathLike) -> tuple[dict[str, torch.Tensor], MiniMindOCo
         config = MiniMindOConfig.from_dict(content)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
-            return _check_state(_read_tensors(path / name), path / name), config, path
+            return _check_state(read_tensors(path / name), path / name), config, path
         index = path / f"{name}.index.json"
         if index.is_file():
             shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -390,7 +390,7 @@ def _read_source(source: PathLike) -> tuple[dict[str, torch.Tensor], MiniMindOCo
             for shard in shards:
                 if Path(shard).name != shard:
                     raise ValueError(f"{index} names a file outside its directory: {shard!r}.")
-                state |= _read_tensors(path / shard)
+                state |= read_tensors(path / shard)
             return _check_state(state, index), config, path
     raise FileNotFoundError(f"{path} holds no model.safetensors and no pytorch_model.bin, whole or in shards.")
 
@@ -686,10 +686,17 @@ def export_original(
         raise ValueError(f"Values of {_some(bad)} are not finite in {dtype}: choose torch.bfloat16 or torch.float32.")
     with new_file(target) as temporary:
         torch.save(tensors, temporary)
-        written = _read_tensors(temporary)
+        written = read_tensors(temporary)
         if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensors[name]) for name in tensors):
             raise OSError(f"What was written for {target} does not come back equal: is the disk full or failing?")
     return target
 
 
-__all__ = ["convert_campplus", "convert_checkpoint", "export_original", "load_sensevoice_encoder", "read_am_mvn"]
+__all__ = [
+    "convert_campplus",
+    "convert_checkpoint",
+    "export_original",
+    "load_sensevoice_encoder",
+    "read_am_mvn",
+    "read_tensors",
+]

@@ -49,7 +49,7 @@ class MiniMindOTrainingArguments(TrainingArguments):
             Weights of the codebooks in the audio loss, one each; equal by default.
 
     Further defaults: batches of similar lengths (`train_sampling_strategy="group_by_length"`; `"random"` for none),
-    and logs for tensorboard, where it is installed.
+    and logs every 10 steps, for tensorboard where it is installed.
     """
 
     mode: str = field(default="all", metadata={"help": f"what is trained: {', '.join(MODES)}"})
@@ -66,6 +66,9 @@ class MiniMindOTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = "cosine_with_min_lr"
     train_sampling_strategy: str = "group_by_length"
     report_to: None | str | list[str] = "tensorboard"
+    logging_steps: float = 10
+    # Without an accelerator there is nothing to pin memory for.
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     # Scores of every position of both streams are not kept: the trainer reports what they say.
     prediction_loss_only: bool = True
     # Samples are objects with clips and pictures, which the collator turns into the model's arguments.
@@ -73,6 +76,13 @@ class MiniMindOTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         _check_mode(self.mode, self.freeze_backbone)
+        if self.freeze_backbone != "none" and self.mode != "all":
+            raise ValueError(f"`freeze_backbone` goes with mode 'all', got mode {self.mode!r}.")
+        if self.stop_weight is not None and not self.stop_weight >= 0:
+            raise ValueError(f"`stop_weight` must be at least 0, got {self.stop_weight}.")
+        weights = self.codebook_weights
+        if weights is not None and not (min(weights, default=0) >= 0 and sum(weights) > 0):
+            raise ValueError(f"`codebook_weights` must be at least 0, and one above it, got {weights}.")
         if not 0 <= self.min_learning_rate_ratio <= 1:
             raise ValueError(f"`min_learning_rate_ratio` must be from 0 to 1, got {self.min_learning_rate_ratio}.")
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
@@ -194,8 +204,10 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
         self.loss_is_scaled_for_ga = True
         if isinstance(self.train_dataset, MiniMindOIterableDataset):
             self.train_dataset.is_lazy = args.world_size > 1
+            self.train_dataset.repeats = True
         self._sums = self._zeros()
         self._counts = self._zeros()
+        self._evaluated = self._zeros()
         self._summed_steps: set[int] = set()
 
     def _zeros(self) -> dict[str, torch.Tensor]:
@@ -231,6 +243,9 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
         """Labels of the text, then of each codebook, over the batches of one step and all processes: `(1 +
         codebooks,)`."""
         counts: Any = torch.zeros(1 + self._model_config.num_codebooks, dtype=torch.long, device=device)
+        model: Any = self.model
+        if batch_samples and model.training:
+            batch_samples[-1].update(self._without_repeated(batch_samples[-1], self.args.train_batch_size))
         for batch in batch_samples:
             if batch.get("labels") is not None:
                 counts[0] += batch["labels"][:, 1:].ne(-100).sum().to(device)
@@ -251,7 +266,10 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
         counts = num_items_in_batch if model.training else None
         inputs = dict(inputs)
         row_ids = inputs.pop("row_ids", None)
-        inputs |= self._absent(inputs) if model.training else self._without_repeated(inputs)
+        if model.training:
+            inputs |= self._absent(inputs)
+        else:
+            inputs |= self._without_repeated(inputs, self.args.eval_batch_size)
         outputs = model(
             **inputs,
             skip_logits=self.args.prediction_loss_only or model.training,
@@ -307,12 +325,14 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
             if all(inputs.get(name) is None for name in names)
         }
 
-    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Labels without those of rows that only fill up the last batches, so that all processes have as many."""
+    def _without_repeated(self, inputs: dict[str, Any], batch_size: int) -> dict[str, torch.Tensor]:
+        """Labels without those of rows that only fill up the last batches, so that all processes have as many. (Packed
+        rows keep them: which samples they hold is not known any more.)"""
         state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        is_packed = inputs.get("position_ids") is not None
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0 or is_packed:
             return {}
-        first = self.args.process_index * self.args.eval_batch_size
+        first = self.args.process_index * batch_size
         is_new = torch.arange(first, first + len(inputs["input_ids"])) < state.remainder
         labels = {name: inputs[name] for name in ("labels", "audio_labels") if inputs.get(name) is not None}
         return {
@@ -414,6 +434,11 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
                 if not of or counts.get(of, 0) > 0:
                     logs[name] = gathered.mean().item() / steps
             self._sums.clear()
+            if not (counts.get("tokens", 0) > 0 or counts.get("codes", 0) > 0) or logs.get("grad_norm") == 0.0:
+                logger.warning_once(
+                    "Nothing is learnt: a logged interval has no labels, or none that reach what is trained. Are "
+                    "prompts longer than the longest sequence, or is the mode one for other data?"
+                )
             logs |= {name: value.item() for name, value in self._accuracies(counts).items()}
             for group in self.optimizer.param_groups if self.optimizer is not None else []:
                 if "part" in group:
@@ -426,9 +451,10 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
         if self.optimizer is None:
             rates = {
                 "thinker": self.args.learning_rate,
-                "talker": self.args.talker_learning_rate or self.args.learning_rate,
-                "projectors": self.args.projector_learning_rate or self.args.learning_rate,
+                "talker": self.args.talker_learning_rate,
+                "projectors": self.args.projector_learning_rate,
             }
+            rates = {part: self.args.learning_rate if rate is None else rate for part, rate in rates.items()}
             trained: Any = self.model if model is None else model
             groups: dict[str, list[nn.Parameter]] = defaultdict(list)
             for name, parameter in trained.named_parameters():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.utils import logging
 
 from .files import new_file
 from .processing import MiniMindOProcessor
@@ -17,11 +18,14 @@ from .processing import MiniMindOProcessor
 if TYPE_CHECKING:
     from .trainer import MiniMindOTrainer
 
+logger = logging.get_logger(__name__)
+
 SECTION = ("<!-- training: start -->", "<!-- training: end -->")
 # Arguments that say how a run is stored and shown, not what it does.
 _UNTOLD = re.compile(
     "_dir$|hub|logging|disable_tqdm|report_to|run_name|save_|dataloader_|^eval_|push_|skip_memory|trackio|log_level|"
-    "sample_|include_|project"
+    "sample_|include_|project|accelerator_config|checkpointing|ddp_|scheduler_kwargs|^mode$|max_steps|num_train_epochs|"
+    "per_device|accumulation|use_cpu|prediction_loss_only|remove_unused"
 )
 
 
@@ -108,7 +112,13 @@ class SampleCallback(TrainerCallback):
                 if board.tb_writer is not None and len(answer.audio):
                     sound = answer.audio.float().cpu()[None]
                     board.tb_writer.add_audio(f"samples/{index}", sound, step, sample_rate=answer.sampling_rate)
+        # Logging says that what was to be logged has been, and the losses of this step have not.
+        should_log = trainer.control.should_log
         trainer.log({f"sample_{index}": answer.text for index, answer in enumerate(answers)})
+        for index, answer in enumerate(answers):
+            # On a terminal, the Trainer's own log leaves long texts out.
+            logger.info("Sample %d at step %d: %s", index, step, answer.text)
+        trainer.control.should_log = should_log
 
 
 def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -139,12 +149,16 @@ def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | P
                 continue  # the Trainer's own is that of the first group, which has its own line
             held_out = name.startswith("eval_")
             label = re.sub("_learning_rate|_accuracy|_loss$", "", name).replace("_", " ")
-            axes.plot(*zip(*series[name], strict=True), "--" if held_out else "-", label=label, linewidth=1.2)
+            label = label.replace("eval", "held out")
+            # Few and far between: a line would tell of what was not measured.
+            axes.plot(*zip(*series[name], strict=True), "o:" if held_out else "-", label=label, linewidth=1.2)
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", loc="best", framealpha=0.6)
+        else:
+            axes.text(0.5, 0.5, "nothing was logged", ha="center", transform=axes.transAxes)
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
@@ -160,18 +174,20 @@ def describe_training(trainer: "MiniMindOTrainer", settings: Mapping[str, Any] |
     state = trainer.state
     model: Any = trainer.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    args = _changed(trainer.args)
-    rows = {
-        **(settings or {}),
-        "mode": trainer.args.mode,
+    args = trainer.args
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    told = {
+        "mode": args.mode,
         "parameters trained": f"{trained / 1e6:.2f} M",
         "optimiser steps": state.global_step,
         "epochs": f"{state.epoch or 0:.2f}",
-        "samples a step": trainer.args.train_batch_size
-        * trainer.args.gradient_accumulation_steps
-        * trainer.args.world_size,
-        **{name: value for name, value in args.items() if not _UNTOLD.search(name)},
+        "samples a step": batch,
+        **{name: getattr(args, name) for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed")},
     }
+    if "adapter" in (settings or {}):
+        told.pop("mode")  # an adapter says itself what is trained
+    changed = {name: value for name, value in _changed(args).items() if not _UNTOLD.search(name)}
+    rows = {**(settings or {}), **told, **{name: value for name, value in changed.items() if name not in told}}
     figures: dict[str, tuple[Any, Any]] = {}
     for entry in state.log_history:
         for name, value in entry.items():
@@ -180,7 +196,8 @@ def describe_training(trainer: "MiniMindOTrainer", settings: Mapping[str, Any] |
                 figures[name] = (figures.get(name, (value,))[0], value)
     lines = ["## Training", "", "![Training curves](training_curves.png)", "", "| setting | value |", "|---|---|"]
     lines += [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in rows.items()]
-    lines += ["", "| figure | first logged | last logged |", "|---|---|---|"]
+    if figures:
+        lines += ["", "| figure | first logged | last logged |", "|---|---|---|"]
     lines += [f"| {name.replace('_', ' ')} | {first:.4f} | {last:.4f} |" for name, (first, last) in figures.items()]
     return "\n".join(lines) + "\n"
 
@@ -218,8 +235,8 @@ def write_training_report(
     card = folder / "README.md"
     settings = settings or {}
     # PEFT writes a form to be filled in; it is replaced.
-    is_new = not card.exists() or ("adapter" in settings and SECTION[0] not in card.read_text(encoding="utf-8"))
-    text = _new_card(settings) if is_new else card.read_text(encoding="utf-8")
+    is_new = not card.exists() or ("adapter" in settings and SECTION[0] not in card.read_text("utf-8", "replace"))
+    text = _new_card(settings) if is_new else card.read_text(encoding="utf-8", errors="replace")
     section = f"{SECTION[0]}\n{describe_training(trainer, settings)}{SECTION[1]}\n"
     if all(mark in text for mark in SECTION):
         before, _, rest = text.partition(SECTION[0])
@@ -230,11 +247,17 @@ def write_training_report(
         temporary.write_text(text, encoding="utf-8")
 
 
+def _is_hub_id(name: Any) -> bool:
+    """Whether it is the form of a Hub id and no directory that is here."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
 def _new_card(settings: Mapping[str, Any]) -> str:
     base = settings.get("base model")
     if "adapter" in settings:
+        named = f"base_model: {json.dumps(base)}\n" if _is_hub_id(base) else ""
         return (
-            f"---\nlibrary_name: peft\nbase_model: {json.dumps(base)}\ntags: [minimind-o, lora]\n---\n"
+            f"---\nlibrary_name: peft\n{named}tags: [minimind-o, lora]\n---\n"
             f"# An adapter for MiniMind-O\n\nA LoRA adapter for `{base}`. Load it with `PeftModel.from_pretrained` on "
             "that model, after `import minimind_o_hf`.\n"
         )

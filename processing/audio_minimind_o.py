@@ -44,7 +44,7 @@ def load_audio(source: AudioSource, sampling_rate: float | None = None, target_r
     rate = target_rate if sampling_rate is None else sampling_rate
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        samples, rate = _decode(_read(name), name if len(name) <= 200 else f"{name[:200]}...")
+        samples, rate = _decode(read_bytes(name), name if len(name) <= 200 else f"{name[:200]}...")
     elif isinstance(source, (bytes, bytearray, memoryview)):
         samples, rate = _decode(bytes(source), f"the {len(source)} bytes passed as audio")
     else:
@@ -73,7 +73,8 @@ def _is_waveform(item) -> bool:
     return isinstance(item, (list, tuple)) and len(item) > 0 and isinstance(item[0], (int, float, np.number))
 
 
-def _read(name: str) -> bytes:
+def read_bytes(name: str) -> bytes:
+    """The bytes of a file, given its path or an http(s) or `data:` URL; `OSError` where it cannot be read."""
     if name.startswith("data:"):
         return base64.b64decode(name.partition(",")[2])
     if not name.startswith(("http://", "https://")):
@@ -171,4 +172,4 @@ def _resample(samples: np.ndarray, rate: float, target_rate: int) -> np.ndarray:
     return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(samples)), old, new).numpy()
 
 
-__all__ = ["AudioSource", "load_audio", "split_clips"]
+__all__ = ["AudioSource", "load_audio", "read_bytes", "split_clips"]

@@ -131,10 +131,9 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         self.audio_pad_code = audio_pad_code
         self.audio_codebook_size = audio_codebook_size
         self.speaker_embedding_size = speaker_embedding_size
-        self.voices = {
-            check_voice_name(name): self._check_voice(voice, f"voice {name!r}")
-            for name, voice in (voices or {}).items()
-        }
+        self.voices: dict[str, dict[str, torch.Tensor]] = {}
+        for name, voice in (voices or {}).items():
+            self.add_voice(name, voice)
         self.audio_token = getattr(tokenizer, "audio_token", None) or "<|audio_pad|>"
         self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
         self.audio_token_id = self._token_id(self.audio_token)
@@ -147,7 +146,12 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         return ids[token]
 
     def _check_voice(self, voice: Voice, name: str) -> dict[str, torch.Tensor]:
-        return check_voice(voice, self.num_codebooks, self.audio_codebook_size, self.speaker_embedding_size, name)
+        sizes = (self.num_codebooks, self.audio_codebook_size, self.speaker_embedding_size)
+        return check_voice(voice, *sizes, name=name, codec=self.audio_tokenizer)
+
+    def add_voice(self, name: str, voice: Voice) -> None:
+        """Put a voice among `voices`, in place of one of that name; `ValueError` where it does not suit the model."""
+        self.voices[check_voice_name(name)] = self._check_voice(voice, f"voice {name!r}")
 
     @property
     def model_input_names(self) -> list[str]:

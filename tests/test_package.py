@@ -57,6 +57,8 @@ PUBLIC_NAMES = [
     "MiniMindOStreamer",
     "MiniMindOTalkerModel",
     "MiniMindOThinkerModel",
+    "Voice",
+    "VoiceLibrary",
     "apply_delay_pattern",
     "load_audio",
     "place_voice",
@@ -301,7 +303,7 @@ def test_every_module_says_what_it_offers():
 def test_declared_and_imported_packages_agree(metadata):
     declared = {distribution(requirement) for requirement in metadata["install_requires"]}
     extras = metadata["extras_require"]
-    optional = {distribution(requirement) for extra in ("pipeline", "train") for requirement in extras[extra]}
+    optional = {distribution(requirement) for extra in ("pipeline", "train", "play") for requirement in extras[extra]}
     imported = {
         name.split(".")[0]
         for path in package_files(*PACKAGE_FOLDERS)

@@ -793,9 +793,9 @@ def test_the_saved_code_runs_without_the_package(processor, tmp_path, monkeypatc
     MiniMindOProcessor.register_for_auto_class()
     processor.save_pretrained(tmp_path / "model")
     names = {path.stem for path in (tmp_path / "model").glob("*.py")}
-    assert names == {f"{name}_minimind_o" for name in ("audio", "chat_template", "image", "voices", "processing")} | {
-        "feature_extraction_minimind_o"
-    }
+    assert names == {
+        f"{name}_minimind_o" for name in ("audio", "chat_template", "image", "marks", "voices", "processing")
+    } | {"feature_extraction_minimind_o"}
     program = """
 import sys
 sys.modules["minimind_o_hf"] = None  # an import of it fails

@@ -59,7 +59,7 @@ def test_there_is_a_recipe_for_every_stage():
 
 @pytest.mark.parametrize("recipe", STAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipes_fit_the_script(script, tmp_path, recipe):
-    options = ["--model", "x", "--train_files", "y", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    options = ["--model", "some/model", "--train_files", "y", "--output_dir", str(tmp_path), "--use_cpu", "true"]
     _, data, _, arguments = script.parse([str(recipe), *options])
     mode = {"projector": "audio_proj" if "a2a" in recipe.stem else "vision_proj"}.get(
         recipe.stem.split("_")[-1], "all"
@@ -73,7 +73,7 @@ def test_recipes_fit_the_script(script, tmp_path, recipe):
 def test_unknown_options_of_a_recipe_are_named(script, tmp_path):
     (tmp_path / "bad.yaml").write_text("max_lenght: 512\n", encoding="utf-8")
     with pytest.raises(ValueError, match="max_lenght"):
-        script.parse([str(tmp_path / "bad.yaml"), "--model", "x", "--train_files", "y", "--output_dir", "z"])
+        script.parse([str(tmp_path / "bad.yaml"), "--model", "some/model", "--train_files", "y", "--output_dir", "z"])
 
 
 def run(script, nano, parquet, folder, *options):
@@ -165,7 +165,7 @@ def test_two_processes_read_what_one_reads(nano, mixed_parquet, tmp_path, stream
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
-    one, two = start("one", 8), start("two", 4, *launcher)
+    one, two = start("one", 10), start("two", 5, *launcher)
     assert len(one) == 5
     np.testing.assert_allclose(two, one, rtol=1e-3)
 
@@ -198,4 +198,83 @@ def test_a_mixture_of_experts_with_everything_on(script, tmp_path, nano, mixed_p
 def test_augmentation_of_cached_features_is_refused(script):
     options = ("--train_files", "y", "--output_dir", "z", "--augment", "true", "--cache_features", "c")
     with pytest.raises(ValueError, match="as it is"):
-        script.parse(["--model", "x", *options])
+        script.parse(["--model", "some/model", *options])
+
+
+def trained_losses(trainer):
+    return [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "text_loss" in entry]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_finished_run_stays_as_it_is_and_a_resumed_one_is_the_same(script, nano, mixed_parquet, tmp_path, streaming):
+    """Five steps over 24 rows: the second pass over the files is under way."""
+
+    def start(folder, steps, *options):
+        settings = ("--max_steps", steps, "--streaming", streaming, "--shuffle_buffer", "6", "--augment", "false")
+        settings += ("--per_device_train_batch_size", "4", "--save_steps", "7")
+        return run(script, nano, str(mixed_parquet), tmp_path / folder, *settings, *options)
+
+    whole = start("whole", "9")
+    before = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    again = start("whole", "9")
+    assert again.state.global_step == 9
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == before
+    # As if killed after step 7, in the second pass.
+    shutil.copytree(tmp_path / "whole" / "checkpoint-7", tmp_path / "parts" / "checkpoint-7")
+    parts = start("parts", "9")
+    np.testing.assert_allclose(trained_losses(parts), trained_losses(whole), rtol=1e-5)
+
+
+def test_streamed_batches_accumulate_over_the_end_of_a_pass(script, nano, mixed_parquet, tmp_path):
+    settings = ("--max_steps", "8", "--streaming", "true", "--shuffle_buffer", "0", "--augment", "false")
+    settings += ("--save_strategy", "no", "--max_length", "96")
+    logs = []
+    for name, size, steps in (("whole", "5", "1"), ("parts", "1", "5")):
+        options = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", steps)
+        logs.append(trained_losses(run(script, nano, str(mixed_parquet), tmp_path / name, *settings, *options)))
+    np.testing.assert_allclose(logs[1], logs[0], rtol=2e-4)
+
+
+def test_samples_leave_the_log_as_it_is(script, nano, parquet, tmp_path):
+    options = ("--max_steps", "4", "--sample_steps", "2", "--sample_tokens", "4")
+    trainer = run(script, nano, parquet, tmp_path / "run", *options)
+    assert [step for step, _ in trained_losses(trainer)] == [1, 2, 3, 4]
+
+
+def test_another_run_in_the_same_folder_is_refused(script, nano, parquet, mixed_parquet, tmp_path):
+    run(script, nano, parquet, tmp_path / "run", "--max_steps", "2")
+    with pytest.raises(ValueError, match="holds a run with another train_files"):
+        run(script, nano, str(mixed_parquet), tmp_path / "run", "--max_steps", "2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("streaming: true", "--streaming needs --max_steps"),
+        ("adapter: foo", "thinker, talker, all, got 'foo'"),
+        ("train_codec: true", "name one with --adapter"),
+        ("{adapter: talker, mode: thinker}", "leave --mode"),
+        ("{mode: talker, freeze_backbone: all}", "goes with mode 'all'"),
+        ("swap_probability: 3", "from 0 to 1, got 3"),
+        ("{cache_features: c, cache_dtype: float16}", "float32, bfloat16, got 'float16'"),
+        ("stop_weight: -1", "at least 0, got -1"),
+        ("codebook_weights: [0, 0, 0, 0, 0, 0, 0, 0]", "one above it"),
+        ("model: nowhere", "no directory nowhere"),
+        ("- a list", "must hold options"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(script, nano, tmp_path, settings, message):
+    (tmp_path / "bad.yaml").write_text(settings, encoding="utf-8")
+    options = ["--train_files", "y", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    options += [] if "nowhere" in settings else ["--model", nano]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        script.parse([str(tmp_path / "bad.yaml"), *options])
+
+
+def test_nothing_in_a_recipe_is_nothing(script, nano, tmp_path):
+    recipe = "cache_features: null\neval_files: []\nadapter: null\nlr_scheduler_kwargs: {min_lr_rate: 0.5}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    options = ["--model", nano, "--train_files", "y", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    model, data, _, arguments = script.parse([str(tmp_path / "recipe.yaml"), *options])
+    assert (model.adapter, data.cache_features, data.eval_files, data.augment) == (None, None, None, True)
+    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.5}

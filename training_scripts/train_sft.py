@@ -15,18 +15,20 @@ last checkpoint stands when it is started again. `--output_dir` ends up as a com
 `training_curves.png` and a model card that tells how it was made.
 """
 
+import importlib.util
+import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import peft
 import torch
 import yaml
 from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from minimind_o_hf.adapters import lora_config
+from minimind_o_hf.adapters import PRESETS, get_peft_model, lora_config
 from minimind_o_hf.data import (
     FeatureCache,
     FeatureMasking,
@@ -37,10 +39,13 @@ from minimind_o_hf.data import (
     SpeechAugmentation,
     cache_features,
 )
+from minimind_o_hf.data.features import DTYPES as CACHE_DTYPES
+from minimind_o_hf.files import new_file
 from minimind_o_hf.trainer import MiniMindOTrainer, MiniMindOTrainingArguments, initialize_talker_from_thinker
 from minimind_o_hf.training_report import SampleCallback, write_training_report
 
 logger = logging.getLogger(__name__)
+ADAPTER_RANK = 16
 
 
 @dataclass
@@ -49,7 +54,7 @@ class ModelArguments:
 
     model: str = field(metadata={"help": "checkpoint directory or Hub id"})
     adapter: str | None = field(default=None, metadata={"help": "train a LoRA adapter: thinker, talker or all"})
-    adapter_rank: int = field(default=16, metadata={"help": "rank of the adapter"})
+    adapter_rank: int = field(default=ADAPTER_RANK, metadata={"help": "rank of the adapter"})
     train_codec: bool = field(
         default=False, metadata={"help": "with an adapter: train codec embedding and head whole"}
     )
@@ -57,6 +62,10 @@ class ModelArguments:
         default=False,
         metadata={"help": "start the Talker as a copy of the Thinker's last layers, for a language model"},
     )
+
+    def __post_init__(self):
+        if self.adapter is not None and self.adapter not in PRESETS:
+            raise ValueError(f"--adapter must be one of {', '.join(PRESETS)}, got {self.adapter!r}.")
 
 
 @dataclass
@@ -85,6 +94,10 @@ class DataArguments:
     def __post_init__(self):
         if self.augment and self.cache_features:
             raise ValueError("Cached features are those of the speech as it is: use --augment or --cache_features.")
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"--cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.cache_dtype!r}.")
+        if not 0 <= self.swap_probability <= 1:
+            raise ValueError(f"--swap_probability must be from 0 to 1, got {self.swap_probability}.")
         if self.augment is None:
             self.augment = self.cache_features is None
 
@@ -108,14 +121,31 @@ def parse(
     parser = HfArgumentParser((ModelArguments, DataArguments, SampleArguments, MiniMindOTrainingArguments))
     if arguments and not arguments[0].startswith("-"):
         settings = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8")) or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{arguments[0]} must hold options with their values, got {settings!r:.80}")
         known = {action.dest for action in parser._actions}
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"{arguments[0]} has options that this script does not know: {', '.join(unknown)}.")
         flags = []
         for name, value in settings.items():
+            if value is None or value == []:
+                continue  # as where it is left out
+            if isinstance(value, dict):
+                value = json.dumps(value)
             flags += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         arguments = flags + arguments[1:]
-    return parser.parse_args_into_dataclasses(arguments)
+    model_args, data_args, sample_args, args = parser.parse_args_into_dataclasses(arguments)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('The report of a run needs matplotlib: pip install "minimind_o_hf[train]"')
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: how many rows there are to an epoch is not known.")
+    if not Path(model_args.model).exists() and model_args.model.count("/") != 1:
+        raise FileNotFoundError(f"There is no directory {model_args.model}, and a Hub id has the form OWNER/NAME.")
+    if model_args.adapter is None and (model_args.train_codec or model_args.adapter_rank != ADAPTER_RANK):
+        raise ValueError("--train_codec and --adapter_rank are of an adapter: name one with --adapter.")
+    if model_args.adapter is not None and (args.mode != "all" or args.freeze_backbone != "none"):
+        raise ValueError("--adapter says what is trained: leave --mode and --freeze_backbone out.")
+    return model_args, data_args, sample_args, args
 
 
 def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
@@ -132,7 +162,7 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
         logger.warning("The Talker's layers have other sizes than the Thinker's: they start at random.")
     config = model.config
     if model_args.adapter is not None:
-        model = peft.get_peft_model(
+        model = get_peft_model(
             model,
             lora_config(model_args.adapter, rank=model_args.adapter_rank, train_codec=model_args.train_codec),
         )
@@ -186,9 +216,11 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
             )
         )
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    check_same_run(Path(args.output_dir), model_args, data_args, last)
     result = trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
+    if result.metrics["train_loss"] or last is None:  # not for a finished run that was started again
+        trainer.save_metrics("train", result.metrics)
     if held_out is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     trainer.save_state()
@@ -196,15 +228,40 @@ def main(arguments: list[str] | None = None) -> MiniMindOTrainer:
         if model_args.adapter is None:
             processor.save_pretrained(args.output_dir)
         told = {
-            "base model": model_args.model,
+            # A published card should not tell of this machine's folders.
+            "base model": Path(model_args.model).name if Path(model_args.model).exists() else model_args.model,
             "adapter": model_args.adapter,
-            "training data": data_args.train_files,
+            "training data": [Path(name).name for name in data_args.train_files],
+            "held-out data": [Path(name).name for name in data_args.eval_files or []],
             "longest sequence": data_args.max_length,
             "input speech": "augmented" if data_args.augment else "as it is",
             "scheduled sampling": data_args.swap_probability,
         }
         write_training_report(trainer, args.output_dir, {name: value for name, value in told.items() if value})
     return trainer
+
+
+def check_same_run(folder: Path, model_args: ModelArguments, data_args: DataArguments, checkpoint: str | None) -> None:
+    """Says where a run goes on, and refuses to go on with another model or other data than it began with."""
+    described = {
+        "model": model_args.model,
+        "adapter": model_args.adapter,
+        "train_files": data_args.train_files,
+        "max_length": data_args.max_length,
+    }
+    record = folder / "run.json"
+    if checkpoint is not None:
+        logger.info("Going on from %s.", checkpoint)
+        before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else described
+        changed = [name for name, value in described.items() if before.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with another {', '.join(changed)} ({before[changed[0]]!r}, not "
+                f"{described[changed[0]]!r}): give another --output_dir, or remove it to start anew."
+            )
+    elif int(os.environ.get("RANK", "0")) == 0:
+        with new_file(record) as temporary:
+            temporary.write_text(json.dumps(described), encoding="utf-8")
 
 
 def cached_features(model, processor, data_args: DataArguments, args: MiniMindOTrainingArguments) -> FeatureCache:
@@ -228,4 +285,4 @@ def cached_features(model, processor, data_args: DataArguments, args: MiniMindOT
 
 
 if __name__ == "__main__":
-    main()
+    main().accelerator.end_training()  # a process group that is left open may abort a finished run

@@ -1,6 +1,7 @@
 """Batches: samples of different lengths as the model's arguments, padded or packed."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,14 +100,16 @@ class MiniMindODataCollator:
         else:
             ends = torch.tensor([row[-1] for row in starts])
             batch["attention_mask"] = (torch.arange(length) < ends[:, None]).long()
-        clips = [clip for sample in samples for clip in sample.clips]
-        if clips:
-            batch |= self._speech(samples, clips)
+        if any(sample.clips for sample in samples):
+            batch |= self._speech(samples)
         images: list[Any] = [image for sample in samples for image in sample.images]
         if images and isinstance(images[0], torch.Tensor):
             batch["image_hidden_states"] = torch.stack(images)
         elif images:
-            pictures = [load_image(image) for image in images]
+            pictures = []
+            for sample in samples:
+                with _naming(sample):
+                    pictures += [load_image(image) for image in sample.images]
             batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         if any(sample.speaker_embedding is not None for sample in samples):
             voices = torch.zeros(len(rows), length if self.packing else 1, self.config.spk_emb_size)
@@ -119,18 +122,35 @@ class MiniMindODataCollator:
             batch["row_ids"] = torch.tensor([sample.row_id for sample in samples])
         return batch
 
-    def _speech(self, samples: Sequence[Sample], clips: list[Any]) -> dict[str, torch.Tensor]:
+    def _speech(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        clips: list[Any] = [clip for sample in samples for clip in sample.clips]
         if isinstance(clips[0], torch.Tensor):
             lengths = torch.tensor([len(clip) for clip in clips])
             mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
             return {"audio_hidden_states": pad_sequence(clips, batch_first=True), "input_features_mask": mask}
-        outputs = self.processor.feature_extractor(clips, return_tensors="pt")
+        extractor = self.processor.feature_extractor
+        limit = None if self.config.audio_config is None else self.config.audio_config.max_position_embeddings - 1
+        for sample in samples:
+            frames = max((extractor.num_frames(len(clip)) for clip in sample.clips), default=0)
+            if limit is not None and frames > limit:
+                with _naming(sample):
+                    raise ValueError(f"a clip of {frames} frames is longer than the speech encoder's {limit}: cut it.")
+        outputs = extractor(clips, return_tensors="pt")
         features, mask = outputs["input_features"], outputs["input_features_mask"]
         if self.feature_masking is not None:
             seeds = [sample.feature_seed for sample in samples for _ in sample.clips]
             for row, frames, seed in zip(features, mask.sum(dim=1).tolist(), seeds, strict=True):
                 row[:frames] = self.feature_masking(row[:frames], np.random.default_rng(seed))
         return {"input_features": features, "input_features_mask": mask}
+
+
+@contextlib.contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Names the row of a sample whose inputs cannot be used."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"Row {sample.row_id} cannot be trained on: {error}") from error
 
 
 def _pack(samples: Sequence[Sample], pack_length: int | None) -> list[list[Sample]]:

@@ -36,6 +36,8 @@ class LengthEstimates:
     """
 
     def __init__(self, rows: MappedRows, processor: MiniMindOProcessor, config: MiniMindOConfig):
+        if "conversations" not in rows.column_names:
+            raise ValueError(f"The files have no column `conversations`, but {', '.join(rows.column_names)}.")
         self._processor, self._config = processor, config
         texts = rows.select_columns(["conversations"])
         dialogues = [_messages(text["conversations"]) for text in texts]

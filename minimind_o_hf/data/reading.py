@@ -1,5 +1,6 @@
 """Reading conversations from parquet files, map-style or streaming, as samples."""
 
+import copy
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,13 @@ import pyarrow as pa
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
-from pyarrow import parquet
 
 from minimind_o_hf.modeling import MiniMindOConfig
 from minimind_o_hf.processing import MiniMindOProcessor
 
 from .features import FeatureCache
 from .lengths import LengthEstimates
-from .rows import MappedRows, read_batches, row_bytes
+from .rows import MappedRows, read_batches, read_metadata, row_bytes
 from .samples import Sample, SampleSettings, build_sample, sample_generator
 
 # What the shuffle buffer of one process may hold.
@@ -96,7 +96,7 @@ class MiniMindODataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         """Builds sample `index` of the present epoch; a row that cannot be used is a `ValueError` that names it."""
-        return _build(self, self.rows[index], index)
+        return _build(self, self.rows[index], index, self.epoch)
 
 
 class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
@@ -126,7 +126,7 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
         features: FeatureCache | None = None,
     ):
         paths = _paths(files)
-        metadata = [parquet.read_metadata(path) for path in paths]
+        metadata = [read_metadata(path) for path in paths]
         sizes = [file.num_rows for file in metadata]
         offsets = [sum(sizes[:part]) for part in range(len(sizes))]
         # Lists are split over processes and loader workers; a row's number, and so its choices, does not depend on it.
@@ -141,6 +141,8 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
         # Whether samples are only built when the collator gets them: what another process trains on is then read, but
         # not decoded.
         self.is_lazy = False
+        # Whether the epoch after the last row begins at once: for a trainer that counts steps, not epochs.
+        self.repeats = False
 
     def set_epoch(self, epoch: int):
         """Makes other random choices, and another order, than in the epochs before; the same again after a restart."""
@@ -148,9 +150,18 @@ class MiniMindOIterableDataset(torch.utils.data.IterableDataset):
         self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator["Sample | PendingSample"]:
-        for row in self.rows:
-            sample = PendingSample(self, row["row"], row["index"])
-            yield sample if self.is_lazy else sample.build()
+        epoch = self.epoch
+        while True:
+            rows = copy.copy(self.rows)
+            rows._epoch = torch.tensor(epoch)  # the one that `datasets` keeps is shared by all workers
+            is_empty = True
+            for row in rows:
+                is_empty = False
+                sample = PendingSample(self, row["row"], row["index"], epoch)
+                yield sample if self.is_lazy else sample.build()
+            if not self.repeats or is_empty:
+                return
+            epoch += 1
 
 
 @dataclass
@@ -160,16 +171,17 @@ class PendingSample:
     dataset: MiniMindOIterableDataset
     row: pa.RecordBatch
     index: int
+    epoch: int
 
     def build(self) -> Sample:
-        return _build(self.dataset, self.row.to_pylist()[0], self.index)
+        return _build(self.dataset, self.row.to_pylist()[0], self.index, self.epoch)
 
 
-def _build(dataset: MiniMindODataset | MiniMindOIterableDataset, row: dict, index: int) -> Sample:
-    random = sample_generator(dataset.seed, dataset.epoch, index)
+def _build(dataset: MiniMindODataset | MiniMindOIterableDataset, row: dict, index: int, epoch: int) -> Sample:
+    random = sample_generator(dataset.seed, epoch, index)
     try:
         sample = build_sample(row, dataset.processor, dataset.config, dataset.settings, random, dataset.features)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError) as error:
         raise ValueError(f"Row {index} cannot be trained on: {error}") from error
     sample.row_id = index
     return sample

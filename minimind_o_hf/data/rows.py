@@ -54,6 +54,14 @@ def open_parquet(path: str | os.PathLike) -> parquet.ParquetFile:
     return parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
 
 
+def read_metadata(path: str | os.PathLike) -> parquet.FileMetaData:
+    """A file's metadata; `ValueError` with its name where it is no parquet file."""
+    try:
+        return parquet.read_metadata(path)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is no readable parquet file: {error}") from error
+
+
 def row_bytes(files: Sequence[parquet.FileMetaData]) -> int:
     """Mean size of a row, decompressed."""
     size = sum(file.row_group(group).total_byte_size for file in files for group in range(file.num_row_groups))
@@ -83,7 +91,10 @@ class _Parquet(Parquet):
 
 def _common_features(paths: Sequence[str]) -> Features | None:
     """The columns of all files together; None where all have the same."""
-    schemas = [parquet.read_schema(path).remove_metadata() for path in paths]
+    files = [read_metadata(path) for path in paths]
+    if not sum(file.num_rows for file in files):
+        raise ValueError(f"There are no rows in {', '.join(map(str, paths))}.")
+    schemas = [file.schema.to_arrow_schema().remove_metadata() for file in files]
     if all(schema == schemas[0] for schema in schemas):
         return None
     try:
@@ -150,4 +161,4 @@ class MappedRows(Sequence):
         return self.arrow(index).to_pylist()[0]
 
 
-__all__ = ["MappedFiles", "MappedRows", "open_parquet", "read_batches", "row_bytes"]
+__all__ = ["MappedFiles", "MappedRows", "open_parquet", "read_batches", "read_metadata", "row_bytes"]

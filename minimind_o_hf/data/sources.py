@@ -21,6 +21,14 @@ TABLES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 AUDIO_MARK, IMAGE_MARK = "<audio>", "<image>"
 
 
+def reading_prompt(text: str, language: str = "en", prompt: str | None = None) -> str:
+    """What asks for a text to be read aloud: `prompt` with its field `{text}` filled, or the language's default."""
+    prompt = prompt or PROMPTS.get(language)
+    if prompt is None:
+        raise ValueError(f"there is no prompt in the language {language!r}: give one with a field {{text}}")
+    return prompt.replace("{text}", text)
+
+
 @dataclass(frozen=True)
 class Speak:
     """A text that a command-line TTS is to speak."""
@@ -160,13 +168,8 @@ class Conversations(Sequence):
         return "" if speaker is None else str(speaker)
 
     def _said(self, text: str) -> list[dict]:
-        prompt = self.settings.prompt or PROMPTS.get(self.settings.language)
-        if prompt is None:
-            raise ValueError(
-                f"there is no prompt in the language {self.settings.language!r}: give one with a field {{text}}"
-            )
         return [
-            {"role": "user", "content": prompt.replace("{text}", text)},
+            {"role": "user", "content": reading_prompt(text, self.settings.language, self.settings.prompt)},
             {"role": "assistant", "content": text},
         ]
 
@@ -297,4 +300,4 @@ def _parse(text: str, name: str) -> Any:
         raise ValueError(f"{name} is no JSON: {error}") from error
 
 
-__all__ = ["Conversation", "Conversations", "SourceSettings", "Speak"]
+__all__ = ["Conversation", "Conversations", "SourceSettings", "Speak", "reading_prompt"]

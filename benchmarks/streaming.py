@@ -101,7 +101,7 @@ def _play(chunks: Iterator[tuple[int, torch.Tensor]], first: float, step: float)
 def play_ours(codec, codes, first: float, step: float):
     """Ours, with the pace that `stream` keeps."""
     decoder, clock = MimiStreamingDecoder(codec), Clock()
-    pace = _Pace(16, clock)
+    pace = _Pace(32, clock)
     state, waiting, plays_until, heard, pauses, decoding, sounds = None, 0, 0.0, None, 0.0, 0.0, []
     total = codes.shape[2]
     for frame in range(total):

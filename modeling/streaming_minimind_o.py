@@ -107,7 +107,7 @@ class _Pace:
         self.began: float | None = None  # when the first chunk was there
         self.last_frame = 0.0
         self.given = self.interval = self.decoding = 0.0  # seconds
-        self.wanted = 1
+        self.decoded = self.wanted = 1
 
     def is_due(self, waiting: int) -> bool:
         """Whether so many waiting frames, of which the last has just come, are to be decoded now."""
@@ -124,7 +124,8 @@ class _Pace:
         if ahead < 0:
             return waiting >= self.wanted
         # Another frame, and the decoding, must fit before what was given has been played; both may take longer.
-        return ahead < 2 * (self.interval + self.decoding)
+        decoding = self.decoding * max(1.0, (waiting + 1) / self.decoded)
+        return ahead < 1.5 * (self.interval + decoding)
 
     def gave(self, frames: int, seconds: float) -> None:
         """So many frames have been decoded, which took so long."""
@@ -132,7 +133,7 @@ class _Pace:
         if self.began is None:
             self.began = self.last_frame = now
         self.given += frames * FRAME_SECONDS
-        self.decoding = seconds
+        self.decoding, self.decoded = seconds, frames
         self.wanted = min(2 * self.wanted, self.limit)
 
 
@@ -164,7 +165,7 @@ def stream_answers(
     model: Any,
     processor: Any,
     *,
-    max_latency: float = 1.28,
+    max_latency: float = 2.56,
     pcm16: bool = False,
     skip_special_tokens: bool = True,
     cancel: threading.Event | None = None,
@@ -177,7 +178,7 @@ def stream_answers(
     Args:
         model ([`MiniMindOForConditionalGeneration`]): The model.
         processor ([`MiniMindOProcessor`]): Its tokenizer and its codec.
-        max_latency (`float`, defaults to 1.28):
+        max_latency (`float`, defaults to 2.56):
             Longest chunk of sound in seconds. The first is one frame (80 ms): sound starts soon. Later ones are as
             long as a listener who plays them without a pause allows: decoding takes little time.
         pcm16 (`bool`, defaults to `False`): Whether sound is int16 in place of float32.

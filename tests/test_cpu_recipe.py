@@ -169,7 +169,7 @@ def test_the_whole_script(tts, tmp_path):
         assert not any("_tower." in name for name in changed)
         figures = json.loads((work / "runs" / stage / "eval_results.json").read_text(encoding="utf-8"))
         assert figures["eval_text_loss"] > 0
-        assert (figures["eval_audio_loss"] > 0) == (kind != "i2t")
+        assert ("eval_audio_loss" in figures) == (kind != "i2t")
         assert stage in output
         before = after
     assert all(load_audio(path, target_rate=24000).size for path in work.glob("reply*.wav"))

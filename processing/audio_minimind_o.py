@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -67,6 +67,20 @@ def split_clips(audio) -> tuple[list[AudioSource], list[int] | None]:
         return list(audio), None
     rows = [list(item or []) if row else [item] for item, row in zip(audio, is_row, strict=True)]
     return [clip for row in rows for clip in row], [len(row) for row in rows]
+
+
+def read_clips(audio, sampling_rate: float | None, target_rate: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Number and samples `(num_samples,)` of each clip of a batch, one by one; `ValueError` names the clip, or says
+    that there is none."""
+    clips, _ = split_clips(audio)
+    if not clips:
+        raise ValueError("there is no audio to extract features from: the list of clips is empty")
+    for index, clip in enumerate(clips):
+        try:
+            waveform = torch.from_numpy(load_audio(clip, sampling_rate, target_rate))
+        except ValueError as error:
+            raise ValueError(f"audio clip {index}: {error}") from error
+        yield index, waveform
 
 
 def _is_waveform(item) -> bool:
@@ -172,4 +186,4 @@ def _resample(samples: np.ndarray, rate: float, target_rate: int) -> np.ndarray:
     return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(samples)), old, new).numpy()
 
 
-__all__ = ["AudioSource", "load_audio", "read_bytes", "split_clips"]
+__all__ = ["AudioSource", "load_audio", "read_bytes", "read_clips", "split_clips"]

@@ -6,7 +6,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils.generic import TensorType
 
-from .audio_minimind_o import AudioSource, load_audio, split_clips
+from .audio_minimind_o import AudioSource, read_clips
 
 
 class CamPlusPlusFeatureExtractor(SequenceFeatureExtractor):
@@ -111,9 +111,6 @@ class CamPlusPlusFeatureExtractor(SequenceFeatureExtractor):
             `ValueError`: no clip at all, a clip under `min_samples`, bad samples (naming the clip).
             `OSError`: a clip's file cannot be read.
         """
-        clips, _ = split_clips(raw_speech)
-        if not clips:
-            raise ValueError("there is no audio to extract features from: the list of clips is empty")
         spectrogram = torchaudio.transforms.MelSpectrogram(
             self.sampling_rate,
             n_fft=self.n_fft,
@@ -126,8 +123,13 @@ class CamPlusPlusFeatureExtractor(SequenceFeatureExtractor):
             mel_scale="slaney",
         )
         features = []
-        for index, clip in enumerate(clips):
-            mel = spectrogram(self._waveform(clip, index, sampling_rate)).clamp(min=self.mel_floor).log().T
+        for index, waveform in read_clips(raw_speech, sampling_rate, self.sampling_rate):
+            if len(waveform) < self.min_samples:
+                raise ValueError(
+                    f"audio clip {index} has {len(waveform)} samples at {self.sampling_rate} Hz; {self.min_samples} "
+                    "is the least"
+                )
+            mel = spectrogram(waveform).clamp(min=self.mel_floor).log().T
             features.append(mel - mel.mean(dim=0))
         outputs = self.pad(
             BatchFeature({"input_features": features}),
@@ -140,19 +142,6 @@ class CamPlusPlusFeatureExtractor(SequenceFeatureExtractor):
         if isinstance(outputs["attention_mask"], torch.Tensor):
             outputs["attention_mask"] = outputs["attention_mask"].long()
         return outputs
-
-    def _waveform(self, clip: AudioSource, index: int, sampling_rate: float | None) -> torch.Tensor:
-        """Samples `(num_samples,)` of clip number `index` of its batch."""
-        try:
-            waveform = torch.from_numpy(load_audio(clip, sampling_rate, self.sampling_rate))
-        except ValueError as error:
-            raise ValueError(f"audio clip {index}: {error}") from error
-        if len(waveform) < self.min_samples:
-            raise ValueError(
-                f"audio clip {index} has {len(waveform)} samples at {self.sampling_rate} Hz; {self.min_samples} is "
-                "the least"
-            )
-        return waveform
 
 
 __all__ = ["CamPlusPlusFeatureExtractor"]

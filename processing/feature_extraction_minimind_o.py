@@ -9,7 +9,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.fun_asr_nano.feature_extraction_fun_asr_nano import FunAsrNanoFeatureExtractor
 from transformers.utils.generic import TensorType
 
-from .audio_minimind_o import AudioSource, load_audio, split_clips
+from .audio_minimind_o import AudioSource, read_clips
 
 INT16_SCALE = 32768.0  # FunASR computes its filter bank on samples in the range of 16-bit integers
 
@@ -138,10 +138,8 @@ class MiniMindOFeatureExtractor(FunAsrNanoFeatureExtractor):
         """
         if truncation:
             raise ValueError("`truncation` is not supported: cut the recording into shorter clips")
-        clips, _ = split_clips(raw_speech)
-        if not clips:
-            raise ValueError("there is no audio to extract features from: the list of clips is empty")
-        features = [self._clip_features(clip, index, sampling_rate) for index, clip in enumerate(clips)]
+        clips = read_clips(raw_speech, sampling_rate, self.sampling_rate)
+        features = [self._clip_features(waveform, index) for index, waveform in clips]
         outputs = self.pad(
             BatchFeature({"input_features": features}),
             padding=padding,
@@ -156,12 +154,8 @@ class MiniMindOFeatureExtractor(FunAsrNanoFeatureExtractor):
         outputs["input_features_mask"] = mask
         return outputs
 
-    def _clip_features(self, clip: AudioSource, index: int, sampling_rate: float | None) -> torch.Tensor:
+    def _clip_features(self, waveform: torch.Tensor, index: int) -> torch.Tensor:
         """Features `(frames, 560)` of clip number `index` of its batch."""
-        try:
-            waveform = torch.from_numpy(load_audio(clip, sampling_rate, self.sampling_rate))
-        except ValueError as error:
-            raise ValueError(f"audio clip {index}: {error}") from error
         if len(waveform) < 2:
             raise ValueError(
                 f"audio clip {index} has {len(waveform)} sample at {self.sampling_rate} Hz; 2 is the least"

@@ -32,6 +32,7 @@ from minimind_o_hf.processing import CamPlusPlusFeatureExtractor, MiniMindOProce
 from minimind_o_hf.processing.image_minimind_o import load_image
 
 from .checking import DataReport, check_row, in_workers
+from .features import add_weights
 from .sources import Conversation, Conversations, SourceSettings, Speak
 
 PART_ROWS = 64
@@ -269,9 +270,7 @@ class SpeakerEncoder:
 def _fingerprint(model: PreTrainedModel | None) -> str:
     """Changes with the weights of the codec or the speaker encoder: what they make would be different."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()) if model is not None else ():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    add_weights(digest, model)
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyarrow import ArrowException, parquet
+from pyarrow import ArrowException
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ from minimind_o_hf.modeling import MiniMindOConfig
 from minimind_o_hf.processing import MiniMindOProcessor, load_audio
 from minimind_o_hf.processing.image_minimind_o import load_image
 
-from .rows import open_parquet
+from .rows import open_parquet, read_metadata
 from .samples import IMAGE_MARK, Row, Sample, SampleSettings, build_sample, read_row, sample_generator
 
 FRAME_RATE = 12.5  # Mimi's, frames a second
@@ -218,11 +218,8 @@ class _RowGroups(torch.utils.data.Dataset):
     def __init__(self, files: list[str], processor, config, max_length: int):
         self.groups = []
         for path in files:
-            try:
-                metadata = parquet.read_metadata(path)
-                names = parquet.read_schema(path).names
-            except ArrowException as error:
-                raise ValueError(f"{path} is no readable parquet file: {error}") from error
+            metadata = read_metadata(path)
+            names = metadata.schema.to_arrow_schema().names
             if "conversations" not in names:
                 raise ValueError(f"{path} has no column `conversations`, but {names}.")
             first = 0

@@ -122,15 +122,20 @@ def _read_part(part: Path, buffer: pa.Buffer) -> pa.Table:
         raise ValueError(f"{part} is damaged ({error}): remove it and cache the features again.") from error
 
 
+def add_weights(digest: Any, model: torch.nn.Module | None) -> None:
+    """Adds all weights of a model to a `hashlib` digest, byte for byte; nothing without one."""
+    for name, tensor in sorted(model.state_dict().items()) if model is not None else ():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
 def _fingerprint(model: MiniMindOForConditionalGeneration, processor: MiniMindOProcessor, dtype: str) -> str:
     """Changes with the encoders' weights and with what prepares their inputs."""
     digest = hashlib.sha256(dtype.encode())
     digest.update(processor.feature_extractor.to_json_string().encode())
     digest.update(processor.image_processor.to_json_string().encode())
     for tower in (model.audio_tower, model.vision_tower):
-        for name, tensor in sorted(tower.state_dict().items()) if tower is not None else ():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        add_weights(digest, tower)
     return digest.hexdigest()[:16]
 
 
@@ -275,4 +280,4 @@ def cache_features(
     return FeatureCache(folder)
 
 
-__all__ = ["FeatureCache", "cache_features"]
+__all__ = ["FeatureCache", "add_weights", "cache_features"]

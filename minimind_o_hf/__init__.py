@@ -9,12 +9,14 @@ from .environment import check_torch_pair, locate_subpackages
 check_torch_pair()
 locate_subpackages(__path__)
 
+from .conversation import Conversation  # noqa: E402
 from .modeling import (  # noqa: E402
     CamPlusPlusConfig,
     CamPlusPlusModel,
     MimiStreamingDecoder,
     MimiStreamingEncoder,
     MimiStreamState,
+    MiniMindOCache,
     MiniMindOConfig,
     MiniMindOForConditionalGeneration,
     MiniMindOGenerateOutput,
@@ -46,10 +48,12 @@ __all__ = [
     "CamPlusPlusConfig",
     "CamPlusPlusFeatureExtractor",
     "CamPlusPlusModel",
+    "Conversation",
     "MimiStreamState",
     "MimiStreamingDecoder",
     "MimiStreamingEncoder",
     "MiniMindOAnswer",
+    "MiniMindOCache",
     "MiniMindOConfig",
     "MiniMindOFeatureExtractor",
     "MiniMindOForConditionalGeneration",

@@ -6,6 +6,7 @@ if __name__ == "modeling":
     # class.
     raise ImportError("Import minimind_o_hf.modeling: the folder `modeling` is part of that package.")
 
+from .cache_minimind_o import MiniMindOCache
 from .configuration_campplus import CamPlusPlusConfig
 from .configuration_minimind_o import MiniMindOConfig
 from .delay_pattern_minimind_o import apply_delay_pattern, place_voice, revert_delay_pattern
@@ -30,6 +31,7 @@ __all__ = [
     "MimiStreamState",
     "MimiStreamingDecoder",
     "MimiStreamingEncoder",
+    "MiniMindOCache",
     "MiniMindOConfig",
     "MiniMindOForConditionalGeneration",
     "MiniMindOGenerateOutput",

@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .cache_minimind_o import MiniMindOCache
 from .delay_pattern_minimind_o import place_voice, revert_delay_pattern
 
 # The released model's settings. They stand in for transformers' own fallbacks (greedy, top-k 50, 20 tokens) wherever
@@ -58,6 +59,8 @@ class MiniMindOGenerateOutput(GenerateDecoderOnlyOutput):
             there.
         prompt_length (`int`):
             Length of the (padded) prompts in `sequences`.
+        is_complete (`torch.BoolTensor` of shape `(batch_size,)`):
+            Whether a row came to its own end, in text and speech, and not to `max_new_tokens` or a stopping criterion.
         audio_codes (`torch.LongTensor` of shape `(batch_size, num_codebooks, num_frames)`, *optional*):
             The speech as codec codes, not delayed, 0 where `audio_codes_mask` is. `None` for text alone.
         audio_codes_mask (`torch.BoolTensor` of shape `(batch_size, num_frames)`, *optional*):
@@ -68,6 +71,7 @@ class MiniMindOGenerateOutput(GenerateDecoderOnlyOutput):
     """
 
     prompt_length: int | None = None
+    is_complete: torch.BoolTensor | None = None
     audio_codes: torch.LongTensor | None = None
     audio_codes_mask: torch.BoolTensor | None = None
     audio_scores: tuple[torch.FloatTensor, ...] | None = None
@@ -252,6 +256,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
             )
         if voice["speaker_embeddings"] is not None:
             kwargs["speaker_embeddings"] = voice["speaker_embeddings"]
+        if isinstance(cache, MiniMindOCache):
+            cache.keep_codes(audio_codes, voice["speaker_embeddings"])
         return super().generate(
             inputs,
             generation_config=generation_config,
@@ -314,6 +320,10 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 f"The prompt has {prompt_length} positions and the cache {num_cached}: pass the whole prompt's ids, "
                 "or the new ones along with an attention mask over both."
             )
+        if isinstance(cache, MiniMindOCache):
+            if mask_length != prompt_length:
+                raise ValueError("A `MiniMindOCache` needs the whole prompt's ids, not the new ones only.")
+            return 0  # the Talker reads anew what has changed
         mode = kwargs.get("generation_mode") or getattr(generation_config, "generation_mode", None)
         mode = mode or self.generation_config.generation_mode
         num_spoken = int(cache.get_seq_length(self.config.num_hidden_layers))
@@ -424,7 +434,10 @@ class MiniMindOGenerationMixin(GenerationMixin):
         embeds = model_inputs.get("inputs_embeds")
         tokens = embeds if embeds is not None else model_inputs["input_ids"]
         if audio_codes is not None:
-            model_inputs["audio_codes"] = audio_codes[..., -tokens.shape[1] :].to(tokens.device)
+            cache, length = kwargs.get("past_key_values"), tokens.shape[1]
+            if isinstance(cache, MiniMindOCache):
+                length += cache.get_seq_length() - cache.talker_length
+            model_inputs["audio_codes"] = audio_codes[..., -length:].to(tokens.device)
         if not is_first_iteration and kwargs.get("use_cache", True):
             # The encoders' outputs went into the prompt; transformers drops the raw inputs itself.
             for name in ("audio_hidden_states", "image_hidden_states"):
@@ -566,6 +579,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
         text_steps = torch.zeros(batch_size, dtype=torch.long, device=device)
         row_steps = torch.zeros(batch_size, dtype=torch.long, device=device)
         finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        is_complete = torch.zeros(batch_size, dtype=torch.bool, device=device)
         feed_post_text = torch.zeros(batch_size, dtype=torch.bool, device=device)
         no_frame_start = torch.zeros(batch_size, dtype=torch.long, device=device)
 
@@ -676,6 +690,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 record("hidden_states", outputs.hidden_states)
 
                 row_steps += ~finished
+                is_complete = is_complete | (row_ends & ~finished)
                 for criterion in ends_row:
                     row_ends = row_ends | criterion(text_ids, scores)
                 finished = finished | row_ends
@@ -718,6 +733,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
             sequences=sequences,
             past_key_values=cache,
             prompt_length=prompt_length,
+            is_complete=is_complete,
             audio_codes=audio_codes,
             audio_codes_mask=audio_codes_mask,
             **records,

@@ -42,6 +42,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache_minimind_o import MiniMindOCache
 from .configuration_minimind_o import MiniMindOConfig
 from .generation_minimind_o import MiniMindOGenerationMixin
 
@@ -928,7 +929,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 row only).
             past_key_values (`Cache`, *optional*):
                 Keys and values of the Thinker's layers, then of the Talker's. Any transformers Cache made for this
-                config.
+                config. With a [`MiniMindOCache`], `audio_codes` are those of every position that the Talker has not
+                read.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Embeddings in place of `input_ids`.
             input_features (`torch.FloatTensor` of shape `(clips, frames, 560)`, *optional*):
@@ -1015,14 +1017,20 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             logits = self.lm_head(slice_logits_to_keep(thinker.last_hidden_state, logits_to_keep))
 
         talker, audio_logits = None, None
+        bridge, talker_positions = thinker.bridge_hidden_state, position_ids
+        if isinstance(past_key_values, MiniMindOCache):
+            bridge = past_key_values.unread(bridge)
+            if run_talker and bridge.shape[1] != length:
+                # The Talker reads positions before these, too.
+                talker_positions = position_ids[:, -1:] + torch.arange(1 - bridge.shape[1], 1, device=bridge.device)
         if run_talker:
             if audio_codes is None:
-                shape = (batch_size, self.config.num_codebooks, length)
+                shape = (batch_size, self.config.num_codebooks, bridge.shape[1])
                 audio_codes = torch.full(shape, self.config.audio_pad_token, device=inputs_embeds.device)
             self._check_codes(
                 "audio_codes",
                 audio_codes,
-                (batch_size, self.config.num_codebooks, length),
+                (batch_size, self.config.num_codebooks, bridge.shape[1]),
                 check_values=not is_decoding,
             )
             shapes = [(batch_size, self.config.spk_emb_size), (batch_size, length, self.config.spk_emb_size)]
@@ -1032,15 +1040,17 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                     f"{tuple(speaker_embeddings.shape)}."
                 )
             talker = self.talker(
-                bridge_hidden_state=thinker.bridge_hidden_state,
+                bridge_hidden_state=bridge,
                 audio_codes=audio_codes,
                 speaker_embeddings=speaker_embeddings,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=talker_positions,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,
             )
+            if isinstance(past_key_values, MiniMindOCache):
+                past_key_values.add_codes(audio_codes, speaker_embeddings)
             if not skip_logits:
                 audio_logits = self.talker.lm_head(slice_logits_to_keep(talker.last_hidden_state, logits_to_keep))
         elif audio_labels is not None:

@@ -169,6 +169,7 @@ def stream_answers(
     pcm16: bool = False,
     skip_special_tokens: bool = True,
     cancel: threading.Event | None = None,
+    on_output: Callable[[Any], None] | None = None,
     **inputs,
 ) -> Iterator[MiniMindOStreamEvent]:
     """
@@ -184,6 +185,8 @@ def stream_answers(
         pcm16 (`bool`, defaults to `False`): Whether sound is int16 in place of float32.
         skip_special_tokens (`bool`, defaults to `True`): Whether special tokens are left out of the text.
         cancel (`threading.Event`, *optional*): Ends the answer within a step once another thread sets it.
+        on_output (callable, *optional*):
+            Called with what `generate` returned, of an answer that was cancelled too, before the stream ends.
         **inputs: As [`~MiniMindOGenerationMixin.generate`].
 
     Yields:
@@ -199,10 +202,10 @@ def stream_answers(
         raise ValueError('The processor has no codec to speak with: attach one, or pass `generation_mode="text"`.')
     if inputs.get("streamer") is not None:
         raise ValueError("`stream` has a streamer of its own: pass yours to `generate`.")
-    return _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, inputs)
+    return _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, on_output, inputs)
 
 
-def _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, inputs):
+def _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, on_output, inputs):
     # A generator of its own, so that what is wrong is said when it is called and not when it is first read.
     items: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event() if cancel is None else cancel
@@ -211,7 +214,7 @@ def _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, i
 
     def run():
         try:
-            model.generate(
+            outputs = model.generate(
                 **{
                     **inputs,
                     "streamer": _Queued(items),
@@ -219,6 +222,8 @@ def _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, i
                     "return_dict_in_generate": True,
                 }
             )
+            if on_output is not None:
+                on_output(outputs)
             items.put(("end", None))
         except BaseException as error:  # whatever it is, the reader is told
             items.put(("error", error))
@@ -265,13 +270,11 @@ def _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, i
         thread.join()
 
 
-async def stream_answers_async(model: Any, processor: Any, **kwargs) -> AsyncIterator[MiniMindOStreamEvent]:
+async def iterate_async(events: Iterator[MiniMindOStreamEvent], cancel: threading.Event) -> AsyncIterator:
     """
-    As [`stream_answers`], for `async for`: other tasks run while the next event is awaited. Where the task is
-    cancelled or the iterator closed, `cancel` is set.
+    A stream for `async for`: other tasks run while the next event is awaited. Where the task is cancelled or the
+    iterator closed, `cancel` is set, which must be the stream's own.
     """
-    cancel = kwargs.pop("cancel", None) or threading.Event()
-    events = stream_answers(model, processor, cancel=cancel, **kwargs)
     end = object()
     waiting = None
     try:
@@ -289,4 +292,10 @@ async def stream_answers_async(model: Any, processor: Any, **kwargs) -> AsyncIte
         await asyncio.to_thread(events.close)
 
 
-__all__ = ["MiniMindOStreamEvent", "stream_answers", "stream_answers_async"]
+def stream_answers_async(model: Any, processor: Any, **kwargs) -> AsyncIterator[MiniMindOStreamEvent]:
+    """As [`stream_answers`], for `async for` (see [`iterate_async`])."""
+    cancel = kwargs.pop("cancel", None) or threading.Event()
+    return iterate_async(stream_answers(model, processor, cancel=cancel, **kwargs), cancel)
+
+
+__all__ = ["MiniMindOStreamEvent", "iterate_async", "stream_answers", "stream_answers_async"]

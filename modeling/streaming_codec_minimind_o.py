@@ -20,6 +20,10 @@ from transformers.models.mimi.modeling_mimi import (
 )
 
 
+# Of a transposed convolution, from which on PyTorch's own is as fast and needs less memory.
+MANY_INPUTS = 1024
+
+
 @dataclass
 class MimiStreamState:
     """
@@ -87,6 +91,25 @@ class _Window:
         return tuple(joined)
 
 
+def _conv_transpose(inputs: torch.Tensor, conv: nn.ConvTranspose1d) -> torch.Tensor:
+    """
+    A transposed convolution without bias; of few inputs as a matrix product, where the kernel is whole strides: for
+    the two inputs that a frame gives Mimi's first, PyTorch's own takes 47 ms of a core, and this 2.5.
+    """
+    stride, kernel_size = conv.stride[0], conv.kernel_size[0]
+    if conv.groups > 1 or kernel_size % stride or inputs.shape[2] > MANY_INPUTS:
+        return functional.conv_transpose1d(inputs, conv.weight, None, conv.stride, groups=conv.groups)
+    batch_size, _, length = inputs.shape
+    overlap = kernel_size // stride
+    parts = (inputs.transpose(1, 2) @ conv.weight.flatten(1)).view(
+        batch_size, length, conv.out_channels, overlap, stride
+    )
+    outputs = inputs.new_zeros(batch_size, conv.out_channels, length + overlap - 1, stride)
+    for part in range(overlap):
+        outputs[:, :, part : part + length] += parts[:, :, :, part].transpose(1, 2)
+    return outputs.flatten(2)
+
+
 class _MimiStream:
     """One side of the codec as a function of its input and a state."""
 
@@ -113,7 +136,8 @@ class _MimiStream:
             if layer.pad_mode == "replicate":
                 context = torch.where((state.positions == 0).view(-1, 1, 1), inputs[..., :1], context)
             inputs = torch.cat([context, inputs], dim=-1)
-            new[name] = inputs[..., inputs.shape[-1] - padding :]
+            # A copy: a view would keep the whole chunk alive.
+            new[name] = inputs[..., inputs.shape[-1] - padding :].clone()
         return layer.conv(inputs)
 
     def _convolve_transposed(
@@ -125,18 +149,19 @@ class _MimiStream:
                 "Transposed convolutions that look ahead (`trim_right_ratio` under 1) cannot be streamed."
             )
         length = inputs.shape[-1] * conv.stride[0]
-        outputs = functional.conv_transpose1d(inputs, conv.weight, None, conv.stride, groups=conv.groups)
+        outputs = _conv_transpose(inputs, conv)
         tail = state.tensors.get(name)
         if tail is not None:
-            outputs = torch.cat([outputs[..., : tail.shape[-1]] + tail, outputs[..., tail.shape[-1] :]], dim=-1)
-        new[name] = outputs[..., length:]
+            outputs[..., : tail.shape[-1]] += tail
+        new[name] = outputs[..., length:].clone()
         outputs = outputs[..., :length]
         # The bias once for each output, not once for each input that adds to it.
-        return outputs if conv.bias is None else outputs + conv.bias.unsqueeze(-1)
+        return outputs if conv.bias is None else outputs.add_(conv.bias.unsqueeze(-1))
 
     def _run(
         self, layers: Iterable[nn.Module], prefix: str, hidden_states: torch.Tensor, state: MimiStreamState, new: dict
     ) -> torch.Tensor:
+        is_own = False  # whether `hidden_states` were made here, and may be overwritten
         for index, layer in enumerate(layers):
             name = f"{prefix}.{index}"
             if isinstance(layer, MimiConv1d):
@@ -145,9 +170,13 @@ class _MimiStream:
                 hidden_states = self._convolve_transposed(layer, name, hidden_states, state, new)
             elif isinstance(layer, MimiResnetBlock):
                 residual = self._run([layer.shortcut], f"{name}.shortcut", hidden_states, state, new)
-                hidden_states = residual + self._run(layer.block, f"{name}.block", hidden_states, state, new)
-            else:  # an activation, or a shortcut that is none
+                hidden_states = self._run(layer.block, f"{name}.block", hidden_states, state, new).add_(residual)
+            elif isinstance(layer, nn.ELU):
+                hidden_states = functional.elu(hidden_states, layer.alpha, inplace=is_own)
+            else:  # another activation, or a shortcut that is none
                 hidden_states = layer(hidden_states)
+                continue
+            is_own = True
         return hidden_states
 
     def _attend(

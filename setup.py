@@ -17,6 +17,10 @@ TORCHAUDIO = "torchaudio>=2.11,<2.12"
 # torchvision pins its torch exactly, so pip picks the matching pair.
 TORCHVISION = "torchvision>=0.26,<0.30"
 
+# 34 MB of network and weights, and no dependencies. Its files are read in place, so a version that moves them is not
+# taken by chance.
+WATERMARK = "resemble-perth>=1.0.1,<1.1"
+
 EXTRAS = {
     # The "any-to-any" pipeline insists on torchvision for models that take pictures.
     "pipeline": [TORCHVISION],
@@ -24,9 +28,11 @@ EXTRAS = {
     "train": ["peft>=0.17", "matplotlib>=3.8", "tensorboard>=2.15"],
     # `minimind-o voices play` through a loudspeaker; without it, into a file.
     "play": ["sounddevice>=0.4.6"],
+    # The inaudible watermark of generated sound, and its detector.
+    "watermark": [WATERMARK],
     # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
     "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5", WATERMARK],
 }
 EXTRAS["dev"] = [requirement for extra in ("pipeline", "train", "quality", "test") for requirement in EXTRAS[extra]]
 

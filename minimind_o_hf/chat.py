@@ -1,6 +1,7 @@
 """`minimind-o chat`: one turn from options, or a conversation on a terminal."""
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -8,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForMultimodalLM, AutoProcessor, TextStreamer, set_seed
+from transformers import AutoModelForMultimodalLM, AutoProcessor, set_seed
 from transformers.utils.import_utils import is_peft_available
 
+from .conversation import Conversation
 from .modeling import MiniMindOForConditionalGeneration
 from .presets import default_checkpoint
-from .processing import MiniMindOAnswer, MiniMindOProcessor
+from .processing import MiniMindOProcessor
 from .voices import VoiceLibrary
+from .watermark import Watermark
 
 HELP = """\
 Type a message, or one of:
@@ -23,13 +26,9 @@ Type a message, or one of:
   /send          send without typing anything          /quit         leave (also Ctrl-D)"""
 
 
-class TerminalStreamer(TextStreamer):
-    """Prints the answer's text as it is generated."""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        # What a model writes must not steer the terminal it is printed on.
-        shown = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
-        print(shown, end="\n" if stream_end else "", flush=True)
+def shown(text: str) -> str:
+    """Text without what would steer the terminal it is printed on."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="reply.wav",
         help="where speech is written (default: %(default)s; in a conversation reply-1.wav, reply-2.wav, ...)",
     )
+    parser.add_argument("--watermark", action="store_true", help="put an inaudible watermark into the speech")
     parser.add_argument("--text-only", action="store_true", help="answer in text alone")
     parser.add_argument("--think", action="store_true", help="let the model think before it answers")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
@@ -103,9 +103,11 @@ def check(options: argparse.Namespace, processor: MiniMindOProcessor) -> None:
             "This checkpoint has no codec, so its answers cannot be heard: attach one (`minimind-o convert "
             "CHECKPOINT DIR --codec MIMI`), or pass --text-only."
         )
+    if options.watermark:
+        Watermark()
     out = Path(options.out)
-    if out.suffix not in (".wav", ".flac", ".ogg"):
-        raise ValueError(f"--out {out}: the name must end in .wav, .flac or .ogg.")
+    if out.suffix not in (".wav", ".flac", ".ogg", ".mp3"):
+        raise ValueError(f"--out {out}: the name must end in .wav, .flac, .ogg or .mp3.")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}.")
 
@@ -124,67 +126,59 @@ def check_voice(name: str | None, processor: MiniMindOProcessor) -> None:
     processor.add_voice(name, voices[name])
 
 
-def message(text: str | None, audio: list[str], images: list[str]) -> dict:
-    """One user turn. The order is that of the training data: speech, text, pictures."""
-    content = [{"type": "audio", "path": path} for path in audio]
-    content += [{"type": "text", "text": text}] if text else []
-    content += [{"type": "image", "path": path} for path in images]
-    return {"role": "user", "content": content}
+def content(text: str | None, audio: list[str], images: list[str]) -> list[dict]:
+    """A message's content. The order is that of the training data: speech, text, pictures."""
+    parts = [{"type": "audio", "path": path} for path in audio]
+    parts += [{"type": "text", "text": text}] if text else []
+    parts += [{"type": "image", "path": path} for path in images]
+    return parts
 
 
-def answer(
-    model: MiniMindOForConditionalGeneration,
-    processor: MiniMindOProcessor,
-    conversation: list[dict],
-    options: argparse.Namespace,
-    out: Path,
-) -> MiniMindOAnswer:
-    """Answers the conversation's last turn: prints the text as it comes, writes the speech, says how fast it was."""
-    inputs: Any = processor.apply_chat_template(
-        conversation,
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        open_thinking=options.think,
-        voice=options.voice,
-        # A `<|im_end|>` that someone types is text, not the end of their turn.
-        sanitize_control_tokens=True,
-    )
+def answer(conversation: Conversation, said: list[dict], options: argparse.Namespace, out: Path) -> None:
+    """Answers a message: prints the text as it comes, writes the speech, says how fast it was. An answer that is
+    interrupted is written as far as it went."""
     settings: dict[str, Any] = {"do_sample": False} if options.greedy else {}
     if options.max_new_tokens is not None:
         settings["max_new_tokens"] = options.max_new_tokens
     if options.text_only:
         settings["generation_mode"] = "text"
-    streamer = TerminalStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    begin = time.perf_counter()
-    outputs: Any = model.generate(
-        **inputs.to(model.device), **settings, streamer=streamer, return_dict_in_generate=True
-    )
-    result = processor.decode(outputs)[0]
+    begin, first = time.perf_counter(), None
+    tokens, sounds = [], []
+    settings["on_output"] = lambda outputs: tokens.append(outputs.sequences.shape[1] - outputs.prompt_length)
+    events = conversation.stream(said, open_thinking=options.think, **settings)
+    with contextlib.closing(events):
+        try:
+            for event in events:
+                print(shown(event.text), end="", flush=True)
+                if event.audio is not None:
+                    first = time.perf_counter() - begin if first is None else first
+                    sounds.append(event.audio)
+        finally:
+            print(flush=True)
+            if sounds and not options.text_only:
+                _write(conversation, torch.cat(sounds), options, out)
     seconds = time.perf_counter() - begin
-    if result.audio is None:
-        tokens = outputs.sequences.shape[1] - outputs.prompt_length
-        print(f"{tokens} tokens in {seconds:.1f} s", file=sys.stderr)
-        return result
-    processor.save_audio(result.audio, out, model=Path(options.model or "nano").name, voice=options.voice)
-    duration = len(result.audio) / result.sampling_rate
-    note = "" if duration else ", no complete frame: a short silence"
+    if options.text_only:
+        print(f"{tokens[0]} tokens in {seconds:.1f} s", file=sys.stderr)
+        return
+    if not sounds:
+        _write(conversation, torch.zeros(0), options, out)
+    duration = sum(map(len, sounds)) / conversation.sampling_rate
+    note = f", the first after {first:.2f} s" if first else ", no complete frame: a short silence"
     print(
         f"{out}: {duration:.1f} s of speech{note}, made in {seconds:.1f} s ({duration / seconds:.2f}x real time)",
         file=sys.stderr,
     )
-    return result
 
 
-def converse(
-    model: MiniMindOForConditionalGeneration,
-    processor: MiniMindOProcessor,
-    options: argparse.Namespace,
-    read: Callable[[str], str] = input,
-) -> None:
+def _write(conversation: Conversation, sound: torch.Tensor, options: argparse.Namespace, out: Path) -> None:
+    sound = Watermark().apply(sound, conversation.sampling_rate) if options.watermark else sound
+    model = Path(options.model or "nano").name
+    conversation.processor.save_audio(sound, out, model=model, voice=options.voice)
+
+
+def converse(conversation: Conversation, options: argparse.Namespace, read: Callable[[str], str] = input) -> None:
     """A conversation: reads lines until the end of input. Answer N's speech goes to `reply-N.wav`."""
-    start = [{"role": "system", "content": options.system}] if options.system else []
-    conversation = list(start)
     attached: dict[str, list[str]] = {"/audio": [], "/image": []}
     out, turns = Path(options.out), 0
     print(HELP)
@@ -200,7 +194,8 @@ def converse(
             if command == "/quit":
                 return
             if command == "/reset":
-                conversation, attached = list(start), {"/audio": [], "/image": []}
+                conversation.reset()
+                attached = {"/audio": [], "/image": []}
                 print("The conversation starts anew.")
             elif command in attached:
                 if not Path(argument).is_file():
@@ -208,19 +203,19 @@ def converse(
                 attached[command].append(argument)
                 print(f"{argument} goes with the next message.")
             elif command == "/voice":
-                check_voice(argument or None, processor)
-                options.voice = argument or None
+                check_voice(argument or None, conversation.processor)
+                options.voice = conversation.voice = argument or None
                 print(f"Voice: {options.voice or 'none'}")
             elif command.startswith("/") and command != "/send":
                 print(HELP)
             elif line and (line != "/send" or any(attached.values())):
-                turn = message(None if line == "/send" else line, attached["/audio"], attached["/image"])
+                said = content(None if line == "/send" else line, attached["/audio"], attached["/image"])
                 path = out.with_name(f"{out.stem}-{turns + 1}{out.suffix}")
-                reply = answer(model, processor, [*conversation, turn], options, path)
-                conversation += [turn, {"role": "assistant", "content": reply.text}]
+                answer(conversation, said, options, path)
                 attached, turns = {"/audio": [], "/image": []}, turns + 1
         except KeyboardInterrupt:
-            print("\n(interrupted; the answer is not kept)")
+            turns += path.exists()
+            print("(interrupted; what was said is kept)")
         except (ValueError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -234,17 +229,11 @@ def run(options: argparse.Namespace) -> None:
         set_seed(options.seed)
     model, processor = load(options.model, options.device, options.dtype, options.adapter)
     check(options, processor)
+    conversation = Conversation(model, processor, system=options.system, voice=options.voice)
     if options.text is None and not options.audio and not options.image:
-        converse(model, processor, options)
+        converse(conversation, options)
         return
-    conversation = [{"role": "system", "content": options.system}] if options.system else []
-    answer(
-        model,
-        processor,
-        [*conversation, message(options.text, options.audio, options.image)],
-        options,
-        Path(options.out),
-    )
+    answer(conversation, content(options.text, options.audio, options.image), options, Path(options.out))
 
 
 __all__ = ["add_arguments", "run"]

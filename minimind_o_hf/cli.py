@@ -68,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="say whether a sound file is marked as AI-generated",
-        description="Prints the mark of a sound file as JSON, or that it has none. Files without a mark may be "
-        "generated all the same: marks can be removed.",
+        description="Prints the mark of a sound file as JSON, or that it has none, and whether it has the inaudible "
+        'watermark, where `pip install "minimind_o_hf[watermark]"` was run. Files without either may be generated all '
+        "the same: marks can be removed.",
     )
     inspect.add_argument("file", metavar="FILE")
     return parser
@@ -162,6 +163,19 @@ def _run_data(options: argparse.Namespace) -> None:
         print(show_sample(options.file, options.row, processor, config, out, options.max_length, options.seed))
 
 
+def _has_watermark(path: str) -> bool | None:
+    """Whether a sound file has the inaudible watermark; None where that cannot be told."""
+    from .watermark import THRESHOLD, Watermark, is_watermark_available
+
+    if not is_watermark_available():
+        return None
+    try:
+        return Watermark().detect(path) >= THRESHOLD
+    except (ValueError, OSError) as error:  # cut short, or empty: its mark can be read all the same
+        print(f"minimind-o: not searched for a watermark: {error}", file=sys.stderr)
+        return None
+
+
 def _run(options: argparse.Namespace) -> None:
     import torch
 
@@ -181,8 +195,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "inspect":
         from .processing import read_mark
 
-        mark = read_mark(options.file)
-        print(f"{options.file}: no mark" if mark is None else json.dumps(mark, ensure_ascii=False))
+        mark, watermark = read_mark(options.file), _has_watermark(options.file)
+        if mark is not None:
+            found = {} if watermark is None else {"watermark": watermark}
+            print(json.dumps({**mark, **found}, ensure_ascii=False))
+        else:
+            note = {None: "", True: ", but a watermark", False: ", no watermark"}[watermark]
+            print(f"{options.file}: no mark{note}")
         return
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if options.command == "init":

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ FILE_KEY = "minimind_o_conversation"
 TOKEN_SECONDS = 0.17
 SPEECH = ("input_features", "input_features_mask")
 CLIPS = (*SPEECH, "pixel_values")
+MAX_POSITIONS = 2048
 MAX_NEW_TOKENS = 512  # the default of `generate`
 MARK = "ANSWER"
 INSIDE_WORD = re.compile(r"[A-Za-z0-9']{2}")  # two neighbours
@@ -44,16 +45,16 @@ class _Turn:
 
     Args:
         message (`dict`): The user's message; of speech and pictures only that they were there.
-        prompt (`torch.LongTensor` of shape `(prompt_length,)`): It as tokens.
-        answer (`torch.LongTensor` of shape `(answer_length,)`): The answer's tokens, without thoughts and end.
+        prompt (`torch.Tensor` of shape `(prompt_length,)`): It as tokens.
+        answer (`torch.Tensor` of shape `(answer_length,)`): The answer's tokens, without thoughts and end.
         clips (`dict[str, torch.Tensor]`): The encoders' inputs.
         frames (`int`): Frames of the answer's speech.
         is_complete (`bool`): Whether text and speech came to their ends.
     """
 
     message: dict[str, Any]
-    prompt: torch.LongTensor
-    answer: torch.LongTensor
+    prompt: torch.Tensor
+    answer: torch.Tensor
     clips: dict[str, torch.Tensor] = field(default_factory=dict)
     frames: int = 0
     is_complete: bool = False
@@ -92,11 +93,12 @@ class Conversation:
         *,
         system: str | None = None,
         voice: str | VoiceMapping | None = None,
-        max_positions: int = 2048,
+        max_positions: int = MAX_POSITIONS,
     ):
         if max_positions < 1:
             raise ValueError(f"`max_positions` must be at least 1, got {max_positions}.")
-        self.model, self.processor = model, processor
+        self.model: Any = model
+        self.processor = processor
         self.system, self.voice, self.max_positions = system, voice, max_positions
         self._turns: list[_Turn] = []
         self._answering = threading.Lock()
@@ -116,7 +118,7 @@ class Conversation:
         whole = self.processor.apply_chat_template([user, message] if message else [user], **kwargs)
         return whole[len(self.processor.apply_chat_template([user])) :]
 
-    def _ids(self, text: str) -> torch.LongTensor:
+    def _ids(self, text: str) -> torch.Tensor:
         return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long)
 
     # ---------------------------------------------------------------- what has been said
@@ -134,7 +136,13 @@ class Conversation:
         """Positions whose keys and values are kept."""
         return int(self._cache.get_seq_length())
 
-    def _text(self, tokens: torch.LongTensor) -> str:
+    @property
+    def sampling_rate(self) -> int:
+        """Rate of the answers' sound in Hz."""
+        codec = self.processor.audio_tokenizer
+        return 24000 if codec is None else codec.config.sampling_rate
+
+    def _text(self, tokens: torch.Tensor) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def cut(self, heard: float) -> str:
@@ -173,7 +181,7 @@ class Conversation:
         rate = FRAME_SECONDS * sum(turn.frames for turn in said) / tokens if tokens else TOKEN_SECONDS
         return max(turn.frames * FRAME_SECONDS, len(turn.answer) * rate)
 
-    def _whole_words(self, tokens: torch.LongTensor, count: int) -> torch.LongTensor:
+    def _whole_words(self, tokens: torch.Tensor, count: int) -> torch.Tensor:
         """The first `count` tokens, without what they hold of a word or a character that goes on after them."""
         whole = self._text(tokens)
         while count:
@@ -208,7 +216,7 @@ class Conversation:
         seed: int | None = None,
         open_thinking: bool = False,
         **settings,
-    ) -> Iterator[MiniMindOStreamEvent]:
+    ) -> Generator[MiniMindOStreamEvent, None, None]:
         """
         Answers the next message, and yields the answer while it is made. An answer that is not read to its end, or
         that `cancel` ends, is kept as far as it went; of one that fails, the message is not kept either.
@@ -231,7 +239,7 @@ class Conversation:
         turn, voice = self._new_turn(content)
         return self._stream(turn, {"seeds": None if seed is None else [seed], **voice, **settings}, open_thinking)
 
-    def _stream(self, turn: _Turn, settings: dict, thinks: bool) -> Iterator[MiniMindOStreamEvent]:
+    def _stream(self, turn: _Turn, settings: dict, thinks: bool) -> Generator[MiniMindOStreamEvent, None, None]:
         with self._alone():
             outputs: list[MiniMindOGenerateOutput] = []
             tell = settings.pop("on_output", None)
@@ -267,7 +275,7 @@ class Conversation:
         with self._alone():
             settings = {"seeds": None if seed is None else [seed], **voice, **settings}
             inputs = self._inputs(turn, settings, open_thinking)
-            outputs = None
+            outputs: Any = None
             try:
                 outputs = self.model.generate(**inputs, return_dict_in_generate=True)
             finally:
@@ -278,7 +286,7 @@ class Conversation:
         """The message as a turn without an answer, and what the voice adds to the model's inputs."""
         message = {"role": "user", "content": content}
         # A `<|im_end|>` that someone types is text, not the end of their turn.
-        inputs = self.processor.apply_chat_template(
+        inputs: Any = self.processor.apply_chat_template(
             [message], tokenize=True, return_dict=True, sanitize_control_tokens=True, voice=self.voice
         )
         clips = {name: inputs[name] for name in CLIPS if name in inputs}
@@ -314,7 +322,7 @@ class Conversation:
             "past_key_values": self._cache,
         }
 
-    def _prompt(self, turns: list[_Turn], thinks: bool) -> tuple[torch.LongTensor, list[tuple[int, _Turn]]]:
+    def _prompt(self, turns: list[_Turn], thinks: bool) -> tuple[torch.Tensor, list[tuple[int, _Turn]]]:
         """All tokens up to the answer of the last turn, and where each turn begins."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         pieces = [self._ids(self.processor.apply_chat_template(system))] if system else []
@@ -326,7 +334,7 @@ class Conversation:
         opening = self._rendered_after(None, add_generation_prompt=True, open_thinking=thinks)
         return torch.cat([*pieces[:-3], self._ids(opening)]), starts
 
-    def _shared(self, prompt: torch.LongTensor, turns: list[tuple[int, _Turn]]) -> int:
+    def _shared(self, prompt: torch.Tensor, turns: list[tuple[int, _Turn]]) -> int:
         """How many of the cached positions are the prompt's, too; at least one is left to read."""
         length = min(len(prompt) - 1, len(self._cached))
         shared = int((prompt[:length] == self._cached[:length]).long().cumprod(dim=0).sum())
@@ -350,7 +358,7 @@ class Conversation:
             answer = answer[begins[0] + len(end) :] if begins else answer[:0]
         turn.answer = answer
         turn.frames = 0 if outputs.audio_codes_mask is None else int(outputs.audio_codes_mask.sum())
-        turn.is_complete = bool(outputs.is_complete[0])
+        turn.is_complete = outputs.is_complete is not None and bool(outputs.is_complete.all())
         self._turns.append(turn)
         self._cached = outputs.sequences[0, : self.num_cached_positions].cpu()
 

@@ -77,6 +77,7 @@ def add_arguments(commands: Any) -> None:
     say.add_argument("text", metavar="TEXT")
     say.add_argument("--voice", metavar="NAME", help="voice of the checkpoint, or of your library")
     say.add_argument("--out", metavar="WAV", default="reply.wav", help="default: %(default)s")
+    say.add_argument("--watermark", action="store_true", help="put an inaudible watermark into the speech")
     say.add_argument("--language", default="en", help="of the prompt, en or zh (default: %(default)s)")
     say.add_argument("--prompt", metavar="P", help="what asks for the text, with a field {text}")
     say.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: an untrained nano)")

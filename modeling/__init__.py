@@ -21,7 +21,12 @@ from .modeling_minimind_o import (
     MiniMindOThinkerModel,
 )
 from .streaming_codec_minimind_o import MimiStreamingDecoder, MimiStreamingEncoder, MimiStreamState
-from .streaming_minimind_o import MiniMindOStreamEvent, stream_answers, stream_answers_async
+from .streaming_minimind_o import (
+    MiniMindOIteratorStreamer,
+    MiniMindOStreamEvent,
+    stream_answers,
+    stream_answers_async,
+)
 
 __all__ = [
     "CamPlusPlusConfig",
@@ -35,6 +40,7 @@ __all__ = [
     "MiniMindOConfig",
     "MiniMindOForConditionalGeneration",
     "MiniMindOGenerateOutput",
+    "MiniMindOIteratorStreamer",
     "MiniMindOOutputWithPast",
     "MiniMindOPreTrainedModel",
     "MiniMindOStackOutput",

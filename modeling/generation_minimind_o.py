@@ -3,7 +3,7 @@
 Everything that touches transformers' private generation helpers is in this file.
 """
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -739,7 +739,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
             **records,
         )
 
-    def stream(self, processor: Any, **kwargs) -> Iterator:
+    def stream(self, processor: Any, **kwargs) -> Generator:
         """
         Answers prompts and yields text and sound while they are generated.
 

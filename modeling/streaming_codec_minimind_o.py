@@ -19,7 +19,6 @@ from transformers.models.mimi.modeling_mimi import (
     MimiTransformerModel,
 )
 
-
 # Of a transposed convolution, from which on PyTorch's own is as fast and needs less memory.
 MANY_INPUTS = 1024
 

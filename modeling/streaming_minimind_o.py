@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,24 +35,6 @@ class MiniMindOStreamEvent:
     text: str = ""
     audio: torch.Tensor | None = None
     is_last: bool = False
-
-
-class _Queued(MiniMindOStreamer):
-    """Passes on what `generate` streams to the thread that reads it."""
-
-    def __init__(self, items: queue.SimpleQueue):
-        self.items, self.has_prompts = items, False
-
-    def put(self, value: torch.LongTensor):
-        if self.has_prompts:
-            self.items.put(("text", value.tolist()))
-        self.has_prompts = True
-
-    def put_audio(self, codes: torch.LongTensor, mask: torch.BoolTensor):
-        self.items.put(("audio", (codes, mask.tolist())))
-
-    def end(self):
-        pass
 
 
 class _StopOn(StoppingCriteria):
@@ -161,6 +143,104 @@ class _RowSound:
         return sound
 
 
+class MiniMindOIteratorStreamer(MiniMindOStreamer):
+    """
+    A streamer to iterate over, while `generate` runs in another thread: text and sound, row by row. The sound of a
+    row's events, joined, is that of `processor.decode(model.generate(...))`, to rounding.
+
+    Args:
+        processor ([`MiniMindOProcessor`]): Its tokenizer and its codec; without a codec there is no sound.
+        max_latency (`float`, defaults to 2.56):
+            Longest chunk of sound in seconds. The first is one frame (80 ms): sound starts soon. Later ones are as
+            long as a listener who plays them without a pause allows: decoding takes little time.
+        pcm16 (`bool`, defaults to `False`): Whether sound is int16 in place of float32.
+        skip_special_tokens (`bool`, defaults to `True`): Whether special tokens are left out of the text.
+
+    Raises:
+        ValueError: `max_latency` is less than a frame.
+
+    Example:
+
+    ```python
+    >>> streamer = MiniMindOIteratorStreamer(processor)
+    >>> Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
+    >>> for event in streamer:
+    ...     print(event.text, end="")
+    ```
+
+    `model.stream` runs that thread itself, ends it when nobody listens, and passes its errors on.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        max_latency: float = 2.56,
+        pcm16: bool = False,
+        skip_special_tokens: bool = True,
+    ):
+        if max_latency < FRAME_SECONDS:
+            raise ValueError(f"`max_latency` must be at least a frame ({FRAME_SECONDS} s), got {max_latency}.")
+        self.processor, self.pcm16, self.skip_special_tokens = processor, pcm16, skip_special_tokens
+        self._longest_chunk = max(1, int(max_latency / FRAME_SECONDS + 1e-6))  # frames
+        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self._has_prompts = False
+
+    def put(self, value: torch.LongTensor):
+        """See [`MiniMindOStreamer`]."""
+        if self._has_prompts:
+            self._items.put(("text", value.tolist()))
+        self._has_prompts = True
+
+    def put_audio(self, codes: torch.LongTensor, mask: torch.BoolTensor):
+        """See [`MiniMindOStreamer`]."""
+        self._items.put(("audio", (codes, mask.tolist())))
+
+    def end(self):
+        """See [`MiniMindOStreamer`]."""
+        self._items.put(("end", None))
+
+    def fail(self, error: BaseException):
+        """Raises an error where the events are read."""
+        self._items.put(("error", error))
+
+    def __iter__(self) -> Iterator[MiniMindOStreamEvent]:
+        """Yields [`MiniMindOStreamEvent`]s; at last one for each row with `is_last`, with what was left."""
+        codec = self.processor.audio_tokenizer
+        decoder = None if codec is None else MimiStreamingDecoder(codec)
+        texts: dict[int, _RowText] = {}
+        sounds: dict[int, _RowSound] = {}
+        num_rows = 0
+        while True:
+            kind, value = self._items.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                break
+            if kind == "text":
+                num_rows = max(num_rows, len(value))
+                for row, token in enumerate(value):
+                    text = texts.setdefault(row, _RowText(self.processor.tokenizer, self.skip_special_tokens))
+                    new = text.add(token)
+                    if new:
+                        yield MiniMindOStreamEvent(row, text=new)
+            elif decoder is not None:
+                frames, has_frame = value
+                num_rows = max(num_rows, len(frames))
+                for row in range(len(frames)):
+                    if has_frame[row]:
+                        sound = sounds.setdefault(row, _RowSound(decoder, _Pace(self._longest_chunk)))
+                        waveform = sound.add(frames[row])
+                        if waveform is not None:
+                            yield MiniMindOStreamEvent(row, audio=self._samples(waveform))
+        for row in range(num_rows):
+            text = texts[row].end() if row in texts else ""
+            waveform = sounds[row].flush() if row in sounds else None
+            yield MiniMindOStreamEvent(row, text=text, audio=self._samples(waveform), is_last=True)
+
+    def _samples(self, waveform: torch.Tensor | None) -> torch.Tensor | None:
+        return (waveform * 32767).round().to(torch.int16) if self.pcm16 and waveform is not None else waveform
+
+
 def stream_answers(
     model: Any,
     processor: Any,
@@ -171,106 +251,64 @@ def stream_answers(
     cancel: threading.Event | None = None,
     on_output: Callable[[Any], None] | None = None,
     **inputs,
-) -> Iterator[MiniMindOStreamEvent]:
+) -> Generator[MiniMindOStreamEvent, None, None]:
     """
-    Answers prompts and yields text and sound while they are generated. The sound of a row's events, joined, is that of
-    `processor.decode(model.generate(...))`, to rounding.
+    Answers prompts and yields text and sound while they are generated.
 
     Args:
         model ([`MiniMindOForConditionalGeneration`]): The model.
-        processor ([`MiniMindOProcessor`]): Its tokenizer and its codec.
-        max_latency (`float`, defaults to 2.56):
-            Longest chunk of sound in seconds. The first is one frame (80 ms): sound starts soon. Later ones are as
-            long as a listener who plays them without a pause allows: decoding takes little time.
-        pcm16 (`bool`, defaults to `False`): Whether sound is int16 in place of float32.
-        skip_special_tokens (`bool`, defaults to `True`): Whether special tokens are left out of the text.
+        processor, max_latency, pcm16, skip_special_tokens: As [`MiniMindOIteratorStreamer`].
         cancel (`threading.Event`, *optional*): Ends the answer within a step once another thread sets it.
         on_output (callable, *optional*):
             Called with what `generate` returned, of an answer that was cancelled too, before the stream ends.
         **inputs: As [`~MiniMindOGenerationMixin.generate`].
 
     Yields:
-        [`MiniMindOStreamEvent`]: At last one for each row with `is_last`, with what was left.
+        [`MiniMindOStreamEvent`]: At last one for each row with `is_last`, with what was left. Closing the iterator,
+            or reading no further, ends the answer.
 
     Raises:
         ValueError: As `generate`; the processor has no codec, though speech is asked for.
     """
-    if max_latency < FRAME_SECONDS:
-        raise ValueError(f"`max_latency` must be at least a frame ({FRAME_SECONDS} s), got {max_latency}.")
+    streamer = MiniMindOIteratorStreamer(processor, max_latency, pcm16, skip_special_tokens)
     mode = inputs.get("generation_mode", getattr(inputs.get("generation_config"), "generation_mode", None))
     if processor.audio_tokenizer is None and mode != "text":
         raise ValueError('The processor has no codec to speak with: attach one, or pass `generation_mode="text"`.')
     if inputs.get("streamer") is not None:
         raise ValueError("`stream` has a streamer of its own: pass yours to `generate`.")
-    return _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, on_output, inputs)
+    return _stream(model, streamer, cancel, on_output, inputs)
 
 
-def _stream(model, processor, max_latency, pcm16, skip_special_tokens, cancel, on_output, inputs):
+def _stream(model, streamer, cancel, on_output, inputs):
     # A generator of its own, so that what is wrong is said when it is called and not when it is first read.
-    items: queue.SimpleQueue = queue.SimpleQueue()
-    stop = threading.Event() if cancel is None else cancel
     own_stop = threading.Event()
-    criteria = StoppingCriteriaList([*(inputs.pop("stopping_criteria", None) or []), _StopOn(stop), _StopOn(own_stop)])
+    stops = [_StopOn(event) for event in (cancel, own_stop) if event is not None]
+    criteria = StoppingCriteriaList([*(inputs.pop("stopping_criteria", None) or []), *stops])
 
     def run():
+        settings = {"streamer": streamer, "stopping_criteria": criteria, "return_dict_in_generate": True}
         try:
-            outputs = model.generate(
-                **{
-                    **inputs,
-                    "streamer": _Queued(items),
-                    "stopping_criteria": criteria,
-                    "return_dict_in_generate": True,
-                }
-            )
+            outputs = model.generate(**{**inputs, **settings})
             if on_output is not None:
                 on_output(outputs)
-            items.put(("end", None))
         except BaseException as error:  # whatever it is, the reader is told
-            items.put(("error", error))
+            errors.append(error)
+            streamer.fail(error)
 
-    decoder = None if processor.audio_tokenizer is None else MimiStreamingDecoder(processor.audio_tokenizer)
-    limit = max(1, int(max_latency / FRAME_SECONDS + 1e-6))
-    texts: dict[int, _RowText] = {}
-    sounds: dict[int, _RowSound] = {}
-
-    def sound(waveform: torch.Tensor | None) -> torch.Tensor | None:
-        return (waveform * 32767).round().to(torch.int16) if pcm16 and waveform is not None else waveform
-
+    errors: list[BaseException] = []
     thread = threading.Thread(target=run, name="minimind-o-generate", daemon=True)
     thread.start()
     try:
-        num_rows = 0
-        while True:
-            kind, value = items.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                break
-            if kind == "text":
-                num_rows = max(num_rows, len(value))
-                for row, token in enumerate(value):
-                    text = texts.setdefault(row, _RowText(processor.tokenizer, skip_special_tokens)).add(token)
-                    if text:
-                        yield MiniMindOStreamEvent(row, text=text)
-            else:
-                frames, has_frame = value
-                num_rows = max(num_rows, len(frames))
-                for row in range(len(frames)):
-                    if has_frame[row]:
-                        waveform = sounds.setdefault(row, _RowSound(decoder, _Pace(limit))).add(frames[row])
-                        if waveform is not None:
-                            yield MiniMindOStreamEvent(row, audio=sound(waveform))
-        for row in range(num_rows):
-            text = texts[row].end() if row in texts else ""
-            waveform = sounds[row].flush() if row in sounds else None
-            yield MiniMindOStreamEvent(row, text=text, audio=sound(waveform), is_last=True)
+        yield from streamer
     finally:
         # The reader may have stopped: the answer ends within a step, and its thread with it.
         own_stop.set()
         thread.join()
+    if errors:  # after the answer's end
+        raise errors[0]
 
 
-async def iterate_async(events: Iterator[MiniMindOStreamEvent], cancel: threading.Event) -> AsyncIterator:
+async def iterate_async(events: Generator[MiniMindOStreamEvent, None, None], cancel: threading.Event) -> AsyncIterator:
     """
     A stream for `async for`: other tasks run while the next event is awaited. Where the task is cancelled or the
     iterator closed, `cancel` is set, which must be the stream's own.
@@ -298,4 +336,10 @@ def stream_answers_async(model: Any, processor: Any, **kwargs) -> AsyncIterator[
     return iterate_async(stream_answers(model, processor, cancel=cancel, **kwargs), cancel)
 
 
-__all__ = ["MiniMindOStreamEvent", "iterate_async", "stream_answers", "stream_answers_async"]
+__all__ = [
+    "MiniMindOIteratorStreamer",
+    "MiniMindOStreamEvent",
+    "iterate_async",
+    "stream_answers",
+    "stream_answers_async",
+]

@@ -1,9 +1,10 @@
 """The processor: chats with speech, pictures and a voice become the model's inputs, its outputs text and sound."""
 
+import contextlib
 import copy
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ IMAGE_PROCESSOR_DEFAULTS = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+SUBTYPES = {"WAV": "PCM_16", "FLAC": "PCM_16", "OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}
 AUDIO_TOKENIZER_FOLDER = "audio_tokenizer"
 AUDIO_TOKENIZER_KEY = "audio_tokenizer_subfolder"
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -453,7 +455,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         generated: bool = True,
     ) -> None:
         """
-        Write one waveform, or a list of them, as 16-bit audio files, marked as AI-generated in their metadata
+        Write one waveform, or a list of them, as audio files (16 bits), marked as AI-generated in their metadata
         (`read_mark` reads the mark).
 
         Args:
@@ -461,7 +463,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
                 Samples, clipped to [-1, 1]. An empty waveform becomes one silent frame (80 ms), so that a player can
                 open it.
             path (`str`, `os.PathLike`, or a list of them):
-                The file or files; the suffix says the format (.wav, .flac, .ogg).
+                The file or files; the suffix says the format (.wav, .flac, .ogg, .mp3).
             sampling_rate (`int`, *optional*):
                 Rate in Hz; the codec's (24 kHz) where omitted.
             model, voice (`str`, *optional*):
@@ -481,6 +483,31 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         mark = make_mark(model, voice) if generated else None
         for waveform, target in zip(waveforms, paths, strict=True):
             _write_audio(waveform, Path(target), rate, mark)
+
+    @contextlib.contextmanager
+    def open_audio(
+        self,
+        path: str | os.PathLike,
+        sampling_rate: int | None = None,
+        model: str | None = None,
+        voice: str | None = None,
+    ) -> Iterator[soundfile.SoundFile]:
+        """
+        Open an audio file to write generated sound into as it comes, marked as `save_audio` marks it. The file appears
+        when the block ends, and not where it ends with an exception.
+
+        Args:
+            path, sampling_rate, model, voice:
+                As in `save_audio`.
+
+        Yields:
+            `soundfile.SoundFile`: open for writing, one channel; `file.write(event.audio.numpy())`.
+
+        Raises:
+            `ValueError`, `OSError`: as `save_audio`.
+        """
+        with _open_audio(Path(path), sampling_rate or self._output_rate, make_mark(model, voice)) as file:
+            yield file
 
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
@@ -659,22 +686,27 @@ def _write_audio(waveform, path: Path, sampling_rate: int, mark: dict[str, Any] 
     samples = np.asarray(waveform, dtype=np.float32)
     if samples.ndim != 1 or not np.isfinite(samples).all():
         raise ValueError(f"a waveform must be one-dimensional and finite, got shape {samples.shape}")
+    if not len(samples):
+        samples = np.zeros(round(0.08 * sampling_rate), dtype=np.float32)
+    with _open_audio(path, sampling_rate, mark) as file:
+        file.write(samples.clip(-1, 1))
+
+
+@contextlib.contextmanager
+def _open_audio(path: Path, sampling_rate: int, mark: dict[str, Any] | None) -> Iterator[soundfile.SoundFile]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     file_format = path.suffix[1:].upper()
-    if file_format not in ("WAV", "FLAC", "OGG"):
-        raise ValueError(f"cannot write {path}: the suffix must be .wav, .flac or .ogg")
-    if not len(samples):
-        samples = np.zeros(round(0.08 * sampling_rate), dtype=np.float32)
-    subtype = "VORBIS" if file_format == "OGG" else "PCM_16"
+    if file_format not in SUBTYPES:
+        raise ValueError(f"cannot write {path}: the suffix must be one of .{', .'.join(SUBTYPES).lower()}")
     try:
         with (
             written_whole(path) as partial,
-            soundfile.SoundFile(partial, "w", sampling_rate, 1, subtype, format=file_format) as file,
+            soundfile.SoundFile(partial, "w", sampling_rate, 1, SUBTYPES[file_format], format=file_format) as file,
         ):
             if mark is not None:
                 write_mark(file, mark)
-            file.write(samples.clip(-1, 1))
+            yield file
     except soundfile.SoundFileError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 

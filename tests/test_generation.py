@@ -1309,3 +1309,26 @@ def test_broken_rows_are_noticed_in_text_alone(lively):
     model.model.norm.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         model.generate(**prompts("tttt"), max_new_tokens=3, generation_mode="text")
+
+
+def test_complete_answers_are_told_from_cut_ones(tiny_model):
+    """The first row is made to end; the second one goes on to the last step."""
+    model = tiny_model()
+    end = {"text": 3, "code": model.config.audio_stop_token}
+
+    def ends(module, args, output):
+        for scores, value in ((output.logits, end["text"]), (output.audio_logits, end["code"])):
+            if scores is not None:
+                scores[0, ..., value] = 1e4
+                scores[1, ..., value] = -1e4
+        if output.audio_logits is not None:
+            output.audio_logits[1, ..., model.config.audio_codebook_size :] = -1e4
+        return output
+
+    hook = model.register_forward_hook(ends)
+    settings = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 3}
+    outputs = model.generate(torch.tensor([[5, 6], [7, 8]]), **settings)
+    assert outputs.is_complete.tolist() == [True, False]
+    text = model.generate(torch.tensor([[5, 6], [7, 8]]), **settings, generation_mode="text")
+    assert text.is_complete.tolist() == [True, False]
+    hook.remove()

@@ -13,7 +13,7 @@ from minimind_o_hf.cli import main
 SOUND = np.sin(np.arange(4800) / 20).astype(np.float32) / 2
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
 def test_every_format_carries_the_mark(processor, tmp_path, suffix):
     path = tmp_path / f"said.{suffix}"
     before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
@@ -45,6 +45,35 @@ def test_a_wav_holds_info_fields(processor, tmp_path):
     start = content.index(b"LIST")
     assert content[start + 8 : start + 12] == b"INFO"
     assert all(field in content[start:] for field in (b"INAM", b"ISFT", b"ICMT", b"ICRD", b"AI-generated speech"))
+
+
+def test_an_mp3_holds_id3_fields(processor, tmp_path):
+    processor.save_audio(SOUND, tmp_path / "said.mp3", model="nano", voice="alba")
+    content = (tmp_path / "said.mp3").read_bytes()
+    assert content.startswith(b"ID3")
+    assert all(field in content for field in (b"TIT2", b"TPE1", b"COMM", b"AI-generated speech"))
+
+
+def test_a_file_written_as_sound_comes_is_marked(processor, tmp_path):
+    with processor.open_audio(tmp_path / "said.flac", model="nano") as file:
+        for chunk in np.split(SOUND, 4):
+            file.write(chunk)
+        assert not (tmp_path / "said.flac").exists()
+    assert read_mark(tmp_path / "said.flac")["model"] == "nano"
+    processor.save_audio(SOUND, tmp_path / "at_once.flac")
+    streamed, whole = (soundfile.read(tmp_path / f"{name}.flac")[0] for name in ("said", "at_once"))
+    assert np.array_equal(streamed, whole)
+
+    def interrupted():
+        with processor.open_audio(tmp_path / "half.wav") as file:
+            file.write(SOUND)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(ValueError, match="the suffix must be one of .wav, .flac, .ogg, .mp3"):
+        processor.open_audio(tmp_path / "said.txt").__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at_once.flac", "said.flac"]
 
 
 def test_chat_marks_what_it_speaks(nano, tmp_path):

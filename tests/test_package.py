@@ -41,14 +41,17 @@ PUBLIC_NAMES = [
     "CamPlusPlusConfig",
     "CamPlusPlusFeatureExtractor",
     "CamPlusPlusModel",
+    "Conversation",
     "MimiStreamState",
     "MimiStreamingDecoder",
     "MimiStreamingEncoder",
     "MiniMindOAnswer",
+    "MiniMindOCache",
     "MiniMindOConfig",
     "MiniMindOFeatureExtractor",
     "MiniMindOForConditionalGeneration",
     "MiniMindOGenerateOutput",
+    "MiniMindOIteratorStreamer",
     "MiniMindOOutputWithPast",
     "MiniMindOPreTrainedModel",
     "MiniMindOProcessor",
@@ -70,6 +73,7 @@ PUBLIC_NAMES = [
 NEEDED_INDIRECTLY = {
     "accelerate": "`device_map` of `from_pretrained`",
     "jinja2": "chat templates, rendered by transformers",
+    "resemble-perth": "network and weights of the watermark, read from its folder",
     "tensorboard": "logs of the Trainer",
     "torchvision": "the any-to-any pipeline of transformers",
 }
@@ -303,7 +307,11 @@ def test_every_module_says_what_it_offers():
 def test_declared_and_imported_packages_agree(metadata):
     declared = {distribution(requirement) for requirement in metadata["install_requires"]}
     extras = metadata["extras_require"]
-    optional = {distribution(requirement) for extra in ("pipeline", "train", "play") for requirement in extras[extra]}
+    optional = {
+        distribution(requirement)
+        for extra in ("pipeline", "train", "play", "watermark")
+        for requirement in extras[extra]
+    }
     imported = {
         name.split(".")[0]
         for path in package_files(*PACKAGE_FOLDERS)

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from minimind_o_hf import read_mark
 from minimind_o_hf.cli import _parser
 from minimind_o_hf.presets import init_checkpoint
 
@@ -37,10 +38,13 @@ def test_python_runs_as_written(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (320, 200), "orange").save(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
     snippets = blocks("python")
-    assert len(snippets) == 6
+    assert len(snippets) == 8
     exec(compile("\n".join(snippets), "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "answer.wav").stat().st_size > 44
     assert soundfile.info(tmp_path / "stream.wav").samplerate == 24000
+    assert read_mark(tmp_path / "stream.wav")["model"] == "nano"
+    assert soundfile.info(tmp_path / "marked.wav").duration > 0
+    assert (tmp_path / "conversation.safetensors").exists()
     assert "frames of 80 ms" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor, set_seed
 from transformers.utils.import_utils import is_peft_available
 
-from .conversation import Conversation
+from .conversation import MAX_POSITIONS, Conversation
 from .modeling import MiniMindOForConditionalGeneration
 from .presets import default_checkpoint
 from .processing import MiniMindOProcessor
@@ -181,6 +181,7 @@ def converse(conversation: Conversation, options: argparse.Namespace, read: Call
     """A conversation: reads lines until the end of input. Answer N's speech goes to `reply-N.wav`."""
     attached: dict[str, list[str]] = {"/audio": [], "/image": []}
     out, turns = Path(options.out), 0
+    path = out
     print(HELP)
     while True:
         try:
@@ -214,7 +215,7 @@ def converse(conversation: Conversation, options: argparse.Namespace, read: Call
                 answer(conversation, said, options, path)
                 attached, turns = {"/audio": [], "/image": []}, turns + 1
         except KeyboardInterrupt:
-            turns += path.exists()
+            turns += path.name.endswith(f"-{turns + 1}{out.suffix}") and path.exists()
             print("(interrupted; what was said is kept)")
         except (ValueError, OSError) as error:
             if isinstance(error, BrokenPipeError):
@@ -229,7 +230,9 @@ def run(options: argparse.Namespace) -> None:
         set_seed(options.seed)
     model, processor = load(options.model, options.device, options.dtype, options.adapter)
     check(options, processor)
-    conversation = Conversation(model, processor, system=options.system, voice=options.voice)
+    # Room for the longest answer that is asked for, and for what it is asked after.
+    room = max(MAX_POSITIONS, (options.max_new_tokens or 0) + MAX_POSITIONS // 2)
+    conversation = Conversation(model, processor, system=options.system, voice=options.voice, max_positions=room)
     if options.text is None and not options.audio and not options.image:
         converse(conversation, options)
         return

@@ -23,7 +23,7 @@ from .modeling import (
     MiniMindOStreamEvent,
     stream_answers,
 )
-from .modeling.streaming_minimind_o import FRAME_SECONDS, iterate_async
+from .modeling.streaming_minimind_o import FRAME_SECONDS, check_codec, iterate_async
 from .processing import MiniMindOAnswer, MiniMindOProcessor
 from .processing.voices_minimind_o import Voice as VoiceMapping
 
@@ -35,7 +35,8 @@ CLIPS = (*SPEECH, "pixel_values")
 MAX_POSITIONS = 2048
 MAX_NEW_TOKENS = 512  # the default of `generate`
 MARK = "ANSWER"
-INSIDE_WORD = re.compile(r"[A-Za-z0-9']{2}")  # two neighbours
+# Two neighbours inside a word or a number, in scripts that put spaces between words.
+INSIDE_WORD = re.compile(r"[^\W_\u2e80-\U0010ffff]{2}|[^\W_\u2e80-\U0010ffff]'|'[^\W_\u2e80-\U0010ffff]|\d[.,]|[.,]\d")
 
 
 @dataclass
@@ -50,6 +51,7 @@ class _Turn:
         clips (`dict[str, torch.Tensor]`): The encoders' inputs.
         frames (`int`): Frames of the answer's speech.
         is_complete (`bool`): Whether text and speech came to their ends.
+        whole (`tuple[torch.Tensor, float]`, *optional*): Of an answer that was cut: as it was, and its length in s.
     """
 
     message: dict[str, Any]
@@ -58,6 +60,7 @@ class _Turn:
     clips: dict[str, torch.Tensor] = field(default_factory=dict)
     frames: int = 0
     is_complete: bool = False
+    whole: tuple[torch.Tensor, float] | None = None
 
 
 class Conversation:
@@ -101,6 +104,7 @@ class Conversation:
         self.processor = processor
         self.system, self.voice, self.max_positions = system, voice, max_positions
         self._turns: list[_Turn] = []
+        self._kept: list[_Turn] = []  # of them, what the answer that is being made was given
         self._answering = threading.Lock()
         opening, _, closing = self._rendered_after({"role": "assistant", "content": MARK}).rpartition(MARK)
         self._opening, self._closing = self._ids(opening), self._ids(closing)
@@ -111,6 +115,12 @@ class Conversation:
         self._cached = torch.zeros(0, dtype=torch.long)
         # Where each turn begins: the same placeholders may stand for other clips.
         self._cached_turns: list[tuple[int, _Turn]] = []
+
+    def _encode(self, messages: list[dict], **kwargs) -> Any:
+        # A `<|im_end|>` that someone types is text, not the end of their turn.
+        return self.processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, sanitize_control_tokens=True, **kwargs
+        )
 
     def _rendered_after(self, message: dict[str, str] | None, **kwargs) -> str:
         """What the template writes after a user's message."""
@@ -152,7 +162,8 @@ class Conversation:
         to its end, the length is guessed from those that were.
 
         Args:
-            heard (`float`): How much of the answer's sound was played, in seconds.
+            heard (`float`): How much of the answer's sound was played, in seconds. A second cut takes away more or
+                nothing.
 
         Returns:
             `str`: what is kept.
@@ -166,9 +177,11 @@ class Conversation:
             if not self._turns:
                 raise ValueError("There is no answer to cut.")
             turn = self._turns[-1]
-            length = self._seconds(turn)
+            turn.whole = turn.whole or (turn.answer, self._seconds(turn))
+            whole, length = turn.whole
             if heard < length:
-                turn.answer = self._whole_words(turn.answer, int(len(turn.answer) * heard / length))
+                kept = self._whole_words(whole, int(len(whole) * heard / length))
+                turn.answer = kept if len(kept) < len(turn.answer) else turn.answer
                 turn.frames, turn.is_complete = min(turn.frames, round(heard / FRAME_SECONDS)), False
             return self._text(turn.answer)
 
@@ -259,8 +272,7 @@ class Conversation:
 
     def astream(self, content: str | Sequence[Mapping[str, Any]], **kwargs) -> AsyncIterator[MiniMindOStreamEvent]:
         """As `stream`, for `async for`."""
-        cancel = kwargs.pop("cancel", None) or threading.Event()
-        return iterate_async(self.stream(content, cancel=cancel, **kwargs), cancel)
+        return iterate_async(self.stream, kwargs.pop("cancel", None), content, **kwargs)
 
     def ask(
         self,
@@ -274,21 +286,24 @@ class Conversation:
         turn, voice = self._new_turn(content)
         with self._alone():
             settings = {"seeds": None if seed is None else [seed], **voice, **settings}
-            inputs = self._inputs(turn, settings, open_thinking)
+            check_codec(self.model, self.processor, settings)
+            inputs = {**self._inputs(turn, settings, open_thinking), "return_dict_in_generate": True}
             outputs: Any = None
             try:
-                outputs = self.model.generate(**inputs, return_dict_in_generate=True)
+                outputs = self.model.generate(**inputs)
             finally:
                 self._keep(turn, outputs, open_thinking)
         return self.processor.decode(outputs)[0]
 
     def _new_turn(self, content: str | Sequence[Mapping[str, Any]]) -> tuple[_Turn, dict[str, torch.Tensor]]:
         """The message as a turn without an answer, and what the voice adds to the model's inputs."""
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, (list, tuple)) or not all(
+            isinstance(part, Mapping) and isinstance(part.get("text", part.get("type")), str) for part in parts
+        ):
+            raise ValueError(f"A message is a text, or a list of text, speech and pictures, got {content!r:.200}.")
         message = {"role": "user", "content": content}
-        # A `<|im_end|>` that someone types is text, not the end of their turn.
-        inputs: Any = self.processor.apply_chat_template(
-            [message], tokenize=True, return_dict=True, sanitize_control_tokens=True, voice=self.voice
-        )
+        inputs = self._encode([message], voice=self.voice)
         clips = {name: inputs[name] for name in CLIPS if name in inputs}
         voice = {name: inputs[name] for name in ("reference_codes", "speaker_embeddings") if name in inputs}
         turn = _Turn(_without_sources(message), inputs["input_ids"][0], torch.zeros(0, dtype=torch.long), clips)
@@ -297,6 +312,13 @@ class Conversation:
     def _inputs(self, turn: _Turn, settings: dict, thinks: bool) -> dict[str, Any]:
         """What `generate` needs to answer a turn; the cache is cut to what the prompt shares with the last one."""
         generation_config = settings.get("generation_config") or self.model.generation_config
+        if (settings.get("num_return_sequences") or generation_config.num_return_sequences or 1) > 1:
+            raise ValueError("A conversation goes on with one answer: leave `num_return_sequences` out.")
+        own = {"input_ids", "inputs", "inputs_embeds", "past_key_values", "use_cache", "cache_implementation"}
+        if taken := sorted(own & settings.keys()):
+            raise ValueError(f"A conversation has its own prompt and cache: leave {', '.join(taken)} out.")
+        if settings.get("max_length") or (generation_config.max_length and not generation_config.max_new_tokens):
+            raise ValueError("A prompt grows with the conversation: pass `max_new_tokens` in place of `max_length`.")
         longest = settings.get("max_new_tokens") or generation_config.max_new_tokens or MAX_NEW_TOKENS
         room = self.max_positions - longest
         kept = self._turns
@@ -310,7 +332,7 @@ class Conversation:
                 f"The message takes {len(prompt)} positions and its answer up to {longest}, which is more than "
                 f"`max_positions` ({self.max_positions}): shorten it, or raise `max_positions`."
             )
-        self._turns = kept
+        self._kept = kept
         shared = self._shared(prompt, turns)
         self._cache.crop_to(shared)
         self._cached, self._cached_turns = prompt[:shared], turns
@@ -325,7 +347,7 @@ class Conversation:
     def _prompt(self, turns: list[_Turn], thinks: bool) -> tuple[torch.Tensor, list[tuple[int, _Turn]]]:
         """All tokens up to the answer of the last turn, and where each turn begins."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        pieces = [self._ids(self.processor.apply_chat_template(system))] if system else []
+        pieces = [self._encode(system)["input_ids"][0]] if system else []
         starts, position = [], sum(map(len, pieces))
         for turn in turns:
             starts.append((position, turn))
@@ -359,7 +381,7 @@ class Conversation:
         turn.answer = answer
         turn.frames = 0 if outputs.audio_codes_mask is None else int(outputs.audio_codes_mask.sum())
         turn.is_complete = outputs.is_complete is not None and bool(outputs.is_complete.all())
-        self._turns.append(turn)
+        self._turns = [*self._kept, turn]
         self._cached = outputs.sequences[0, : self.num_cached_positions].cpu()
 
     # ---------------------------------------------------------------- files
@@ -414,18 +436,14 @@ class Conversation:
                 notes = json.loads((file.metadata() or {})[FILE_KEY])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             turns = [
-                _Turn(
-                    message=turn["message"],
-                    prompt=tensors[f"{number}.prompt"],
-                    answer=tensors[f"{number}.answer"],
-                    clips={name: tensors[f"{number}.{name}"] for name in CLIPS if f"{number}.{name}" in tensors},
-                    frames=int(turn["frames"]),
-                    is_complete=bool(turn["is_complete"]),
-                )
-                for number, turn in enumerate(notes["turns"])
+                _read_turn(turn, number, tensors, notes["vocab_size"]) for number, turn in enumerate(notes["turns"])
             ]
             settings = {name: notes[name] for name in ("system", "voice", "max_positions")}
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            if not all(isinstance(settings[name], (str, type(None))) for name in ("system", "voice")):
+                raise TypeError("system prompt and voice are no texts")
+            if not isinstance(settings["max_positions"], int):
+                raise TypeError("`max_positions` is no number")
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} holds no conversation, or is damaged ({error!r}).") from error
         if notes.get("vocab_size") != model.config.vocab_size:
             raise ValueError(
@@ -442,12 +460,24 @@ class Conversation:
         return conversation
 
 
+def _read_turn(notes: dict[str, Any], number: int, tensors: dict[str, torch.Tensor], vocab_size: int) -> _Turn:
+    """A turn out of a file, checked."""
+    message = _without_sources(notes["message"])
+    tokens = [tensors[f"{number}.{name}"] for name in ("prompt", "answer")]
+    for ids in tokens:
+        if ids.dim() != 1 or ids.dtype != torch.long or not ((ids >= 0) & (ids < vocab_size)).all():
+            raise ValueError(f"turn {number} holds no tokens of the vocabulary")
+    clips = {name: tensors[f"{number}.{name}"] for name in CLIPS if f"{number}.{name}" in tensors}
+    if notes["frames"] < 0:
+        raise ValueError(f"turn {number} has {notes['frames']} frames")
+    return _Turn(message, *tokens, clips, int(notes["frames"]), bool(notes["is_complete"]))
+
+
 def _without_sources(message: Mapping[str, Any]) -> dict[str, Any]:
     content = message["content"]
     if not isinstance(content, str):
         content = [
-            {"type": "text", "text": item["text"]} if item["type"] == "text" else {"type": item["type"]}
-            for item in content
+            {key: item[key] for key in (("type", "text") if item["type"] == "text" else ("type",))} for item in content
         ]
     return {"role": message["role"], "content": content}
 

@@ -551,7 +551,7 @@ def _to_json(value: Mapping) -> str:
 def _from_json(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
     try:
         notes = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"what {path} says of its voices is no JSON: {error}") from error
     if not isinstance(notes, dict):
         raise ValueError(f"what {path} says of its voices must be a JSON object, got {notes!r:.80}")

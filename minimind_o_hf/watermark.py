@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -217,12 +217,17 @@ class Watermark:
             [`MiniMindOStreamEvent`]: The same events with marked sound, 54 ms behind; the last of a row has its rest.
         """
         rows: dict[int, WatermarkStream] = {}
-        for event in events:
-            row = rows.setdefault(event.row, WatermarkStream())
-            pieces = [] if event.audio is None else [row.push(event.audio)]
-            pieces += [row.flush()] if event.is_last else []
-            sound = torch.cat(pieces) if pieces else None
-            yield replace(event, audio=sound if sound is not None and len(sound) else None)
+        try:
+            for event in events:
+                row = rows.setdefault(event.row, WatermarkStream())
+                pieces = [] if event.audio is None else [row.push(event.audio)]
+                pieces += [row.flush()] if event.is_last else []
+                sound = torch.cat(pieces) if pieces else None
+                yield replace(event, audio=sound if sound is not None and len(sound) else None)
+        finally:
+            # Whoever reads no further ends the answer, as without the watermark.
+            if isinstance(events, Generator):
+                events.close()
 
     @torch.no_grad()
     def detect(self, source: AudioSource, sampling_rate: int | None = None) -> float:

@@ -91,8 +91,12 @@ class MiniMindOStreamer(BaseStreamer):
 
     def put_audio(self, codes: torch.LongTensor, mask: torch.BoolTensor):
         """One frame of codes `(batch_size, num_codebooks)`; only the rows where `mask` `(batch_size,)` is True have
-        one."""
+        one. A row that has had some and has none now has said all."""
         raise NotImplementedError
+
+    def put_end(self, rows: torch.BoolTensor):
+        """The rows, True in `(batch_size,)`, whose answers are complete now, while others go on. Nothing need be
+        done."""
 
     def end(self):
         """The answers are complete."""
@@ -693,10 +697,11 @@ class MiniMindOGenerationMixin(GenerationMixin):
                 is_complete = is_complete | (row_ends & ~finished)
                 for criterion in ends_row:
                     row_ends = row_ends | criterion(text_ids, scores)
+                ends_now = row_ends & ~finished
                 finished = finished | row_ends
                 step += 1
                 all_finished = self._synchronize(
-                    streamer, finished, is_broken, text_was_live, text_token, frame, has_frame
+                    streamer, finished, is_broken, text_was_live, text_token, ends_now, frame, has_frame
                 )
                 all_finished = all_finished or step >= max_steps
                 # Frees the scores of a long prompt before the next step.
@@ -768,31 +773,34 @@ class MiniMindOGenerationMixin(GenerationMixin):
         is_broken: torch.BoolTensor,
         text_was_live: torch.BoolTensor,
         text_token: torch.LongTensor,
+        ends_now: torch.BoolTensor,
         frame: torch.LongTensor | None,
         has_frame: torch.BoolTensor | None,
     ) -> bool:
         """The step's one wait for the device: brings the flags, and what a streamer gets, over in one copy."""
-        flags = torch.stack([finished.all(), is_broken]).long()
+        flags = [finished.all(), is_broken]
         if streamer is None:
-            is_finished, broken = flags.tolist()
+            is_finished, broken = torch.stack(flags).tolist()
         else:
-            parts = [flags, text_was_live.long(), text_token]
-            if frame is not None:
-                parts += [has_frame.long(), frame.flatten()]
-            values = torch.cat(parts).cpu()
-            is_finished, broken = values[:2].tolist()
-            rows = len(text_token)
-            live, tokens, rest = values[2 : 2 + rows].bool(), values[2 + rows : 2 + 2 * rows], values[2 + 2 * rows :]
+            speech = [] if frame is None else [has_frame, *frame.flatten(1).unbind(1)]
+            rows = torch.stack([part.long() for part in (text_was_live, ends_now, text_token, *speech)])
+            flags += [text_was_live.any(), ends_now.any(), has_frame.any() if speech else is_broken]
+            values = torch.cat([torch.stack(flags).long(), rows.flatten()]).cpu()
+            is_finished, broken, is_live, some_end, some_speak = values[: len(flags)].tolist()
+            _, ended, tokens, *speech = values[len(flags) :].view(rows.shape)
         if broken:
             raise ValueError(
                 "The model's scores are not finite: its weights are damaged, or its precision is too low (float16 "
                 "is: load it in bfloat16 or float32)."
             )
         if streamer is not None:
-            if live.any():
+            if is_live:
                 streamer.put(tokens)
-            if isinstance(streamer, MiniMindOStreamer) and len(rest) and rest[:rows].any():
-                streamer.put_audio(rest[rows:].view(rows, -1), rest[:rows].bool())
+            if isinstance(streamer, MiniMindOStreamer):
+                if speech and some_speak:
+                    streamer.put_audio(torch.stack(speech[1:], dim=1), speech[0].bool())
+                if some_end:
+                    streamer.put_end(ended.bool())
         return bool(is_finished)
 
 

@@ -39,14 +39,18 @@ class MimiStreamState:
         """Number of rows."""
         return len(self.positions)
 
-    def select(self, rows: Sequence[int] | torch.Tensor) -> "MimiStreamState":
-        """A state of these rows alone, in this order."""
+    def _rows(self, rows: Sequence[int] | torch.Tensor) -> torch.LongTensor:
         rows = torch.as_tensor(rows, device=self.positions.device)
+        return rows.nonzero().flatten() if rows.dtype == torch.bool else rows.long()
+
+    def select(self, rows: Sequence[int] | torch.Tensor) -> "MimiStreamState":
+        """A state of these rows alone, in this order: their numbers, or a mask."""
+        rows = self._rows(rows)
         return MimiStreamState(self.positions[rows], {name: value[rows] for name, value in self.tensors.items()})
 
     def replace(self, rows: Sequence[int] | torch.Tensor, state: "MimiStreamState") -> "MimiStreamState":
         """This state with other rows in the place of some: the other way round from `select`."""
-        rows = torch.as_tensor(rows, device=self.positions.device)
+        rows = self._rows(rows)
         if len(rows) != len(state):
             raise ValueError(f"{len(rows)} rows are to be replaced by a state of {len(state)}.")
         names = self.tensors.keys() | state.tensors.keys()
@@ -60,7 +64,7 @@ class MimiStreamState:
 
     def reset(self, rows: Sequence[int] | torch.Tensor) -> "MimiStreamState":
         """This state with some rows at a fresh start."""
-        rows = torch.as_tensor(rows, device=self.positions.device)
+        rows = self._rows(rows)
         return MimiStreamState(
             self.positions.index_fill(0, rows, 0),
             {name: value.index_fill(0, rows, 0) for name, value in self.tensors.items()},
@@ -82,7 +86,9 @@ class _Window:
                 batch_size, heads, _, width = states.shape
                 before = states.new_zeros(batch_size, heads, self.size, width)
             states = torch.cat([before, states], dim=2)
-            self.new[name] = states[:, :, states.shape[2] - self.size :]
+            window = states[:, :, states.shape[2] - self.size :]
+            # Of a long chunk, the window alone is to stay alive.
+            self.new[name] = window.clone() if states.shape[2] > 2 * self.size else window
             joined.append(states)
         return tuple(joined)
 
@@ -244,7 +250,7 @@ class MimiStreamingDecoder(_MimiStream):
             them.
 
         Raises:
-            ValueError: Codes of another shape, or outside the codebooks; a state of other rows.
+            ValueError: Codes of another shape, too many codebooks or codes outside them; a state of other rows.
         """
         self._check("codes", codes, 3, state)
         size = self.codec.config.codebook_size
@@ -253,6 +259,9 @@ class MimiStreamingDecoder(_MimiStream):
                 f"`codes` must be integers from 0 to {size - 1}, got {codes.dtype} from {codes.min()} to "
                 f"{codes.max()}. Drop stops and other special codes first."
             )
+        if codes.shape[1] > self.codec.config.num_quantizers:
+            raise ValueError(f"`codes` have {codes.shape[1]} codebooks, the codec {self.codec.config.num_quantizers}.")
+        codes = codes.long()
         state = self.initial_state(len(codes)) if state is None else state
         new: dict[str, torch.Tensor] = {}
         decoder = self.codec.decoder
@@ -296,9 +305,15 @@ class MimiStreamingEncoder(_MimiStream):
             The next codes, `(batch_size, num_codebooks, num_frames)`, and the state after them.
 
         Raises:
-            ValueError: Samples of another shape or of a part of a frame; a state of other rows.
+            ValueError: Samples of another shape or of a part of a frame, integers or not finite; a state of other
+                rows.
         """
         self._check("waveform", waveform, 2, state)
+        if not waveform.is_floating_point() or not torch.isfinite(waveform).all():
+            raise ValueError(
+                f"`waveform` must hold finite floats in [-1, 1], got {waveform.dtype}: divide integers by their "
+                "range, and look for NaN and infinity."
+            )
         if waveform.shape[1] % self.frame_size:
             raise ValueError(
                 f"`waveform` must hold whole frames of {self.frame_size} samples, got {waveform.shape[1]}: keep the "

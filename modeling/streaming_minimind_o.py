@@ -1,6 +1,7 @@
 """Answers as they are generated: text and sound, row by row, while `generate` runs in a thread of its own."""
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -15,6 +16,7 @@ from .generation_minimind_o import MiniMindOStreamer
 from .streaming_codec_minimind_o import MimiStreamingDecoder, MimiStreamState
 
 FRAME_SECONDS = 0.08
+FEW_FRAMES = 4  # which cost Mimi little more time than one
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -40,7 +42,7 @@ class MiniMindOStreamEvent:
 class _StopOn(StoppingCriteria):
     """Ends every row once an event is set."""
 
-    def __init__(self, event: threading.Event):
+    def __init__(self, event: "_EitherEvent"):
         self.event = event
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
@@ -76,8 +78,8 @@ class _RowText:
 class _Pace:
     """
     When waiting frames are decoded. The first one at once; then as late, and so as many together, as a listener who
-    plays without a pause allows. Where frames come too slowly for that, chunks double up to the limit, so that
-    decoding does not slow them further.
+    plays without a pause allows. Where frames come too slowly for that, a few are decoded together, so that decoding
+    does not slow them further.
 
     Args:
         limit (`int`): Most frames that wait.
@@ -103,8 +105,8 @@ class _Pace:
         ahead = self.given - (now - self.began)
         if waiting >= self.limit:
             return True
-        if ahead < 0:
-            return waiting >= self.wanted
+        if waiting < self.wanted:
+            return False
         # Another frame, and the decoding, must fit before what was given has been played; both may take longer.
         decoding = self.decoding * max(1.0, (waiting + 1) / self.decoded)
         return ahead < 1.5 * (self.interval + decoding)
@@ -114,9 +116,12 @@ class _Pace:
         now = self.clock()
         if self.began is None:
             self.began = self.last_frame = now
+        pause = max(0.0, now - self.began - self.given)
+        self.began += pause  # playing goes on from here
+        # One frame at a time would let decoding take most of the time.
+        self.wanted = min(2 * self.wanted, FEW_FRAMES) if pause else 1
         self.given += frames * FRAME_SECONDS
         self.decoding, self.decoded = seconds, frames
-        self.wanted = min(2 * self.wanted, self.limit)
 
 
 class _RowSound:
@@ -155,9 +160,12 @@ class MiniMindOIteratorStreamer(MiniMindOStreamer):
             long as a listener who plays them without a pause allows: decoding takes little time.
         pcm16 (`bool`, defaults to `False`): Whether sound is int16 in place of float32.
         skip_special_tokens (`bool`, defaults to `True`): Whether special tokens are left out of the text.
+        timeout (`float`, *optional*):
+            Longest wait for the next item in seconds, then `queue.Empty` is raised. A `generate` that fails cannot
+            tell the streamer: whoever runs it passes its error to `fail`, or sets this.
 
     Raises:
-        ValueError: `max_latency` is less than a frame.
+        ValueError: `max_latency` is less than a frame, or not finite.
 
     Example:
 
@@ -177,10 +185,12 @@ class MiniMindOIteratorStreamer(MiniMindOStreamer):
         max_latency: float = 2.56,
         pcm16: bool = False,
         skip_special_tokens: bool = True,
+        timeout: float | None = None,
     ):
-        if max_latency < FRAME_SECONDS:
+        if not FRAME_SECONDS <= max_latency < math.inf:
             raise ValueError(f"`max_latency` must be at least a frame ({FRAME_SECONDS} s), got {max_latency}.")
         self.processor, self.pcm16, self.skip_special_tokens = processor, pcm16, skip_special_tokens
+        self.timeout = timeout
         self._longest_chunk = max(1, int(max_latency / FRAME_SECONDS + 1e-6))  # frames
         self._items: queue.SimpleQueue = queue.SimpleQueue()
         self._has_prompts = False
@@ -195,9 +205,14 @@ class MiniMindOIteratorStreamer(MiniMindOStreamer):
         """See [`MiniMindOStreamer`]."""
         self._items.put(("audio", (codes, mask.tolist())))
 
+    def put_end(self, rows: torch.BoolTensor):
+        """See [`MiniMindOStreamer`]."""
+        self._items.put(("last", rows.tolist()))
+
     def end(self):
         """See [`MiniMindOStreamer`]."""
         self._items.put(("end", None))
+        self._has_prompts = False
 
     def fail(self, error: BaseException):
         """Raises an error where the events are read."""
@@ -209,36 +224,67 @@ class MiniMindOIteratorStreamer(MiniMindOStreamer):
         decoder = None if codec is None else MimiStreamingDecoder(codec)
         texts: dict[int, _RowText] = {}
         sounds: dict[int, _RowSound] = {}
-        num_rows = 0
+        open_rows: list[int] | None = None
+
+        def last(row: int) -> MiniMindOStreamEvent:
+            text = texts[row].end() if row in texts else ""
+            waveform = sounds[row].flush() if row in sounds else None
+            return MiniMindOStreamEvent(row, text=text, audio=self._samples(waveform), is_last=True)
+
         while True:
-            kind, value = self._items.get()
+            kind, value = self._items.get(timeout=self.timeout)
             if kind == "error":
                 raise value
             if kind == "end":
                 break
+            if open_rows is None:
+                open_rows = list(range(len(value[1] if kind == "audio" else value)))
             if kind == "text":
-                num_rows = max(num_rows, len(value))
-                for row, token in enumerate(value):
+                for row in open_rows:
+                    if value[row] == self.processor.tokenizer.pad_token_id:
+                        continue  # the row's text has ended
                     text = texts.setdefault(row, _RowText(self.processor.tokenizer, self.skip_special_tokens))
-                    new = text.add(token)
+                    new = text.add(value[row])
                     if new:
                         yield MiniMindOStreamEvent(row, text=new)
-            elif decoder is not None:
+            elif kind == "audio" and decoder is not None:
                 frames, has_frame = value
-                num_rows = max(num_rows, len(frames))
-                for row in range(len(frames)):
+                for row in open_rows:
+                    waveform = None
                     if has_frame[row]:
                         sound = sounds.setdefault(row, _RowSound(decoder, _Pace(self._longest_chunk)))
                         waveform = sound.add(frames[row])
-                        if waveform is not None:
-                            yield MiniMindOStreamEvent(row, audio=self._samples(waveform))
-        for row in range(num_rows):
-            text = texts[row].end() if row in texts else ""
-            waveform = sounds[row].flush() if row in sounds else None
-            yield MiniMindOStreamEvent(row, text=text, audio=self._samples(waveform), is_last=True)
+                    elif row in sounds:  # its speech has ended, others go on
+                        waveform = sounds[row].flush()
+                    if waveform is not None:
+                        yield MiniMindOStreamEvent(row, audio=self._samples(waveform))
+            elif kind == "last":
+                for row in [row for row in open_rows if value[row]]:
+                    open_rows.remove(row)
+                    yield last(row)
+        for row in open_rows or []:
+            yield last(row)
 
     def _samples(self, waveform: torch.Tensor | None) -> torch.Tensor | None:
         return (waveform * 32767).round().to(torch.int16) if self.pcm16 and waveform is not None else waveform
+
+
+def check_codec(model: Any, processor: Any, settings: dict[str, Any]) -> None:
+    """Refuses to speak without a codec, before anything is generated."""
+    generation_config = settings.get("generation_config") or model.generation_config
+    mode = settings.get("generation_mode") or getattr(generation_config, "generation_mode", None)
+    if processor.audio_tokenizer is None and mode != "text":
+        raise ValueError('The processor has no codec to speak with: attach one, or pass `generation_mode="text"`.')
+
+
+class _EitherEvent:
+    """Set once one of two events is."""
+
+    def __init__(self, first: threading.Event | None, second: threading.Event):
+        self.events = [event for event in (first, second) if event is not None]
+
+    def is_set(self) -> bool:
+        return any(event.is_set() for event in self.events)
 
 
 def stream_answers(
@@ -271,9 +317,7 @@ def stream_answers(
         ValueError: As `generate`; the processor has no codec, though speech is asked for.
     """
     streamer = MiniMindOIteratorStreamer(processor, max_latency, pcm16, skip_special_tokens)
-    mode = inputs.get("generation_mode", getattr(inputs.get("generation_config"), "generation_mode", None))
-    if processor.audio_tokenizer is None and mode != "text":
-        raise ValueError('The processor has no codec to speak with: attach one, or pass `generation_mode="text"`.')
+    check_codec(model, processor, inputs)
     if inputs.get("streamer") is not None:
         raise ValueError("`stream` has a streamer of its own: pass yours to `generate`.")
     return _stream(model, streamer, cancel, on_output, inputs)
@@ -282,8 +326,8 @@ def stream_answers(
 def _stream(model, streamer, cancel, on_output, inputs):
     # A generator of its own, so that what is wrong is said when it is called and not when it is first read.
     own_stop = threading.Event()
-    stops = [_StopOn(event) for event in (cancel, own_stop) if event is not None]
-    criteria = StoppingCriteriaList([*(inputs.pop("stopping_criteria", None) or []), *stops])
+    stop = _StopOn(_EitherEvent(cancel, own_stop))
+    criteria = StoppingCriteriaList([*(inputs.pop("stopping_criteria", None) or []), stop])
 
     def run():
         settings = {"streamer": streamer, "stopping_criteria": criteria, "return_dict_in_generate": True}
@@ -308,11 +352,19 @@ def _stream(model, streamer, cancel, on_output, inputs):
         raise errors[0]
 
 
-async def iterate_async(events: Generator[MiniMindOStreamEvent, None, None], cancel: threading.Event) -> AsyncIterator:
+async def iterate_async(
+    start: Callable[..., Generator[MiniMindOStreamEvent, None, None]], cancel: threading.Event | None, *args, **kwargs
+) -> AsyncIterator[MiniMindOStreamEvent]:
     """
     A stream for `async for`: other tasks run while the next event is awaited. Where the task is cancelled or the
-    iterator closed, `cancel` is set, which must be the stream's own.
+    iterator closed, the answer ends within a step.
+
+    Args:
+        start (callable): Makes the stream of its `cancel=` and the further arguments.
+        cancel (`threading.Event`, *optional*): The caller's, which is only looked at.
     """
+    own = threading.Event()
+    events: Any = start(*args, cancel=_EitherEvent(cancel, own), **kwargs)
     end = object()
     waiting = None
     try:
@@ -323,17 +375,18 @@ async def iterate_async(events: Generator[MiniMindOStreamEvent, None, None], can
                 return
             yield event
     finally:
-        cancel.set()
+        own.set()
         # A generator cannot be closed while another thread is in it.
         if waiting is not None and not waiting.done():
             await asyncio.wait([waiting])
         await asyncio.to_thread(events.close)
 
 
-def stream_answers_async(model: Any, processor: Any, **kwargs) -> AsyncIterator[MiniMindOStreamEvent]:
+def stream_answers_async(
+    model: Any, processor: Any, cancel: threading.Event | None = None, **kwargs
+) -> AsyncIterator[MiniMindOStreamEvent]:
     """As [`stream_answers`], for `async for` (see [`iterate_async`])."""
-    cancel = kwargs.pop("cancel", None) or threading.Event()
-    return iterate_async(stream_answers(model, processor, cancel=cancel, **kwargs), cancel)
+    return iterate_async(stream_answers, cancel, model, processor, **kwargs)
 
 
 __all__ = [

@@ -16,6 +16,7 @@ from huggingface_hub import get_session
 
 AudioSource = str | os.PathLike | bytes | np.ndarray | torch.Tensor | Sequence[float]
 
+MIN_RATE = 100
 MAX_CHANNELS = 8
 URL_TIMEOUT = 30.0  # seconds
 
@@ -174,8 +175,9 @@ def _to_mono(samples: np.ndarray) -> np.ndarray:
 
 def _resample(samples: np.ndarray, rate: float, target_rate: int) -> np.ndarray:
     for value in (rate, target_rate):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"a sampling rate must be a positive number of Hz, got {value}")
+        # A second of samples at 1 Hz would become hours at 24 kHz.
+        if not MIN_RATE <= value < math.inf:
+            raise ValueError(f"a sampling rate must be a positive number of Hz, got {value}: at least {MIN_RATE}")
     if rate == target_rate:
         return np.ascontiguousarray(samples)
     # The filter bank has a kernel for each step of the reduced ratio: 44101 Hz would need 16,000 long ones. With at

@@ -10,6 +10,7 @@ import soundfile
 
 TITLE = "AI-generated speech"
 PACKAGE = "minimind_o_hf"
+MAX_NAME = 100  # characters
 
 
 def make_mark(model: str | None = None, voice: str | None = None) -> dict[str, Any]:
@@ -17,8 +18,8 @@ def make_mark(model: str | None = None, voice: str | None = None) -> dict[str, A
     What is said of generated sound.
 
     Args:
-        model (`str`, *optional*): Name of the model that spoke.
-        voice (`str`, *optional*): Name of the voice it spoke with.
+        model (`str`, *optional*): Name of the model that spoke; 100 characters of it.
+        voice (`str`, *optional*): Name of the voice it spoke with, likewise.
 
     Returns:
         `dict` with `ai_generated` (True), `model`, `voice`, `date` (UTC, ISO 8601) and `software`.
@@ -27,6 +28,8 @@ def make_mark(model: str | None = None, voice: str | None = None) -> dict[str, A
         software = f"{PACKAGE} {version(PACKAGE)}"
     except PackageNotFoundError:  # a published checkpoint carries this file where the package is not installed
         software = PACKAGE
+    # A WAV drops fields that are longer than it has room for.
+    model, voice = (name and name[:MAX_NAME] for name in (model, voice))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"ai_generated": True, "model": model, "voice": voice, "date": now, "software": software}
 
@@ -59,7 +62,7 @@ def read_mark(path: str | os.PathLike) -> dict[str, Any] | None:
         raise OSError(f"{path} is no readable sound file: {error}") from error
     try:
         mark = json.loads(comment)
-    except ValueError:
+    except (ValueError, RecursionError):  # somebody else's comment
         return None
     return mark if isinstance(mark, dict) and mark.get("ai_generated") is True else None
 

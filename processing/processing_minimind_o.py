@@ -441,7 +441,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         if not max(frames, default=0):
             return [torch.zeros(0) for _ in frames]
         decoded: Any = codec.decode(codes[..., : max(frames)].to(codec.device))
-        sound = decoded.audio_values[:, 0].float().cpu()
+        sound = decoded.audio_values[:, 0].float().clamp(-1, 1).cpu()
         samples_per_frame = round(codec.config.sampling_rate / codec.config.frame_rate)
         return [row[: count * samples_per_frame].clone() for row, count in zip(sound, frames, strict=True)]
 
@@ -479,7 +479,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         waveforms, paths = ([audio], [path]) if single else (list(audio), list(path))
         if len(waveforms) != len(paths):
             raise ValueError(f"{len(waveforms)} waveforms cannot be written to {len(paths)} paths")
-        rate = sampling_rate or self._output_rate
+        rate = int(sampling_rate or self._output_rate)
         mark = make_mark(model, voice) if generated else None
         for waveform, target in zip(waveforms, paths, strict=True):
             _write_audio(waveform, Path(target), rate, mark)
@@ -506,7 +506,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         Raises:
             `ValueError`, `OSError`: as `save_audio`.
         """
-        with _open_audio(Path(path), sampling_rate or self._output_rate, make_mark(model, voice)) as file:
+        with _open_audio(Path(path), int(sampling_rate or self._output_rate), make_mark(model, voice)) as file:
             yield file
 
     def post_process_multimodal_output(
@@ -686,8 +686,6 @@ def _write_audio(waveform, path: Path, sampling_rate: int, mark: dict[str, Any] 
     samples = np.asarray(waveform, dtype=np.float32)
     if samples.ndim != 1 or not np.isfinite(samples).all():
         raise ValueError(f"a waveform must be one-dimensional and finite, got shape {samples.shape}")
-    if not len(samples):
-        samples = np.zeros(round(0.08 * sampling_rate), dtype=np.float32)
     with _open_audio(path, sampling_rate, mark) as file:
         file.write(samples.clip(-1, 1))
 
@@ -707,6 +705,9 @@ def _open_audio(path: Path, sampling_rate: int, mark: dict[str, Any] | None) -> 
             if mark is not None:
                 write_mark(file, mark)
             yield file
+            if not file.frames:
+                # Players do not open a file without a sample.
+                file.write(np.zeros(round(0.08 * sampling_rate), dtype=np.float32))
     except soundfile.SoundFileError as error:
         raise OSError(f"cannot write {path}: {error}") from error
 

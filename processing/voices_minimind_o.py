@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -129,7 +130,7 @@ def check_voice_name(name: str) -> str:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a temporary sibling to write, which replaces `path` when the block ends without an exception."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield partial
         os.replace(partial, path)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForMultimodalLM
 
 from minimind_o_hf import Conversation, MiniMindOCache
@@ -211,8 +213,8 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_went(converse, how):
 
 def spoken(conversation, processor, text, frames, is_complete=True):
     """A conversation whose last answer is this text."""
-    conversation.ask("Hello there!", **GREEDY)
-    turn = conversation._turns[-1]
+    turn, _ = conversation._new_turn("Hello there!")
+    conversation._turns.append(turn)
     turn.answer = torch.tensor(processor.tokenizer(text).input_ids)
     turn.frames, turn.is_complete = frames, is_complete
     return conversation
@@ -230,6 +232,22 @@ def test_what_was_heard_is_whole_words(converse, processor, heard):
     assert len(processor.tokenizer(kept).input_ids) <= len(processor.tokenizer(text).input_ids) * heard / 2.0
     assert (heard < 0.3) == (not kept)
     assert conversation.messages[-1]["content"] == kept
+
+
+def test_a_second_cut_counts_from_the_same_answer(converse, processor):
+    text = "The sea isn't small: it covers most of the world."
+    kept = spoken(converse(), processor, text, frames=25).cut(1.2)
+    conversation = spoken(converse(), processor, text, frames=25)
+    assert [conversation.cut(heard) for heard in (1.5, 1.2, 1.2)][1:] == [kept, kept]
+    assert conversation.cut(1.9) == kept
+
+
+@pytest.mark.parametrize("text", ["Das Schloss ist über München.", "Привет всем друзьям", "Pi is 3.14159, no less."])
+def test_words_of_other_scripts_and_numbers_are_whole(converse, processor, text):
+    words = text.split()
+    for heard in torch.linspace(0.1, 1.9, 30).tolist():
+        kept = spoken_words = spoken(converse(), processor, text, frames=25).cut(heard).split()
+        assert kept == words[: len(kept)] or spoken_words[-1] in ("3.14159", "less", "München")
 
 
 def test_all_that_was_heard_is_kept(converse, processor):
@@ -307,9 +325,8 @@ def test_saved_and_loaded(converse, model, processor, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["talk.safetensors"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "text", "shape", "range", "deep"])
 def test_files_that_hold_no_conversation(converse, model, processor, tmp_path, damage):
-    from safetensors.torch import save_file
 
     path = tmp_path / "talk.safetensors"
     conversation = converse()
@@ -319,6 +336,13 @@ def test_files_that_hold_no_conversation(converse, model, processor, tmp_path, d
         path.write_bytes(path.read_bytes()[:-5])
     elif damage == "foreign":
         save_file({"a": torch.zeros(2)}, path)
+    elif damage == "deep":
+        save_file({"a": torch.zeros(2)}, path, metadata={"minimind_o_conversation": "[" * 200_000})
+    elif damage in ("shape", "range"):
+        with safe_open(path, "pt") as file:
+            notes = file.metadata()
+        ids = torch.zeros(2, 2, dtype=torch.long) if damage == "shape" else torch.tensor([10**6])
+        save_file({"0.prompt": ids, "0.answer": torch.tensor([5])}, path, metadata=notes)
     else:
         path.write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no conversation, or is damaged"):
@@ -354,11 +378,53 @@ def test_what_fails_leaves_the_conversation_as_it_was(converse):
     with pytest.raises(ValueError, match="no voice 'nobody'"):
         conversation.ask("And then?", **GREEDY)
     conversation.voice = "alba"
+    for settings, message in [
+        ({"num_return_sequences": 2}, "goes on with one answer"),
+        ({"use_cache": False}, "its own prompt and cache: leave use_cache out"),
+        ({"max_length": 900}, "pass `max_new_tokens`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            conversation.ask("And then?", **{**GREEDY, **settings})
+    for content in (None, 5, b"hello", [{"text": 3}], ["hello"], [{}]):
+        with pytest.raises(ValueError, match="A message is a text, or a list|cannot be rendered"):
+            conversation.ask(content)
     assert conversation.messages == before
     other = converse(voice="alba")
     other._turns = list(conversation._turns)
     found, expected = scores_of(conversation, "And then?"), scores_of(other, "And then?")
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+
+
+def test_a_failed_answer_does_not_forget_old_turns(converse):
+    conversation = converse(max_positions=200)
+    while len(conversation.messages) < 6:
+        conversation.ask("This is a line of a long conversation.", **GREEDY)
+    before = conversation.messages
+
+    def fail(tokens, scores):
+        raise RuntimeError("out of order")
+
+    with pytest.raises(RuntimeError, match="out of order"):
+        conversation.ask("word " * 60, **GREEDY, logits_processor=[fail])
+    assert conversation.messages == before
+
+
+def test_control_tokens_are_text_in_a_system_prompt(converse, processor):
+    conversation = converse(system="<|im_end|> and <|audio_pad|>")
+    outputs = scores_of(conversation, "Hello there!")
+    prompt = outputs.sequences[0, : outputs.prompt_length].tolist()
+    assert processor.audio_token_id not in prompt
+    assert prompt.count(processor.tokenizer.eos_token_id) == 2
+
+
+def test_no_codec_to_speak_with(model, nano):
+    from minimind_o_hf import MiniMindOProcessor
+
+    conversation = Conversation(model, MiniMindOProcessor.from_pretrained(nano, load_audio_tokenizer=False))
+    with pytest.raises(ValueError, match="no codec to speak with"):
+        conversation.ask("Hello there!", **GREEDY)
+    assert conversation.messages == []
+    assert conversation.ask("Hello there!", **GREEDY, generation_mode="text").audio is None
 
 
 def test_one_answer_at_a_time(converse):

@@ -104,3 +104,22 @@ def test_other_comments_are_no_marks(tmp_path, comment):
             file.comment = comment
         file.write(SOUND)
     assert read_mark(tmp_path / "a.wav") is None
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_long_names_and_foreign_comments(processor, tmp_path, suffix):
+    name = "声" * 2000
+    processor.save_audio(SOUND, tmp_path / f"said.{suffix}", model=name, voice=name)
+    mark = read_mark(tmp_path / f"said.{suffix}")
+    assert (mark["model"], mark["voice"]) == (name[:100], name[:100])
+    with soundfile.SoundFile(tmp_path / f"other.{suffix}", "w", 24000, 1) as file:
+        file.comment = "[" * (10_000 if suffix == "wav" else 200_000)
+        file.write(SOUND)
+    assert read_mark(tmp_path / f"other.{suffix}") is None
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_nothing_written_is_a_short_silence(processor, tmp_path, suffix):
+    with processor.open_audio(tmp_path / f"said.{suffix}"):
+        pass
+    assert soundfile.info(tmp_path / f"said.{suffix}").frames == 1920

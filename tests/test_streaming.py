@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import itertools
+import queue
 import threading
 import time
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ import psutil
 import pytest
 import torch
 from minimind_o_hf.modeling.streaming_minimind_o import _Pace, _RowText
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoModelForMultimodalLM, StoppingCriteria
 
-from minimind_o_hf import MiniMindOIteratorStreamer
+from minimind_o_hf import MiniMindOIteratorStreamer, MiniMindOProcessor
 
 CHAT = [{"role": "user", "content": "Hello there!"}]
 
@@ -154,11 +155,93 @@ def test_chunks_grow_while_playing_is_ahead_and_never_pauses(step):
     assert max(chunks) <= 16
 
 
-def test_chunks_double_where_playing_cannot_keep_up():
+def test_a_few_frames_at_a_time_where_playing_cannot_keep_up():
     chunks, pauses = play(0.1, 0.037)
-    assert pauses > 0
-    assert chunks[:4] == [1, 2, 4, 8]
-    assert set(chunks[4:]) == {16}
+    assert chunks[:3] == [1, 1, 2]
+    assert set(chunks[3:-1]) == {4}
+    # What comes too late in any case, and the decoding, of which there is less than for each frame alone.
+    assert 100 * 0.02 < pauses < 100 * 0.02 + 0.4 * 100 * 0.037
+
+
+def test_one_late_frame_is_one_short_pause():
+    now = [0.0]
+    pace = _Pace(32, clock=lambda: now[0])
+    waiting, until, pauses = 0, 0.0, []
+    for frame in range(100):
+        now[0] += 0.06 + (frame == 60)
+        waiting += 1
+        if pace.is_due(waiting):
+            now[0] += 0.01
+            pace.gave(waiting, 0.01)
+            if until and now[0] > until:
+                pauses.append(now[0] - until)
+            until = max(now[0], until) + 0.08 * waiting
+            waiting = 0
+    assert len(pauses) == 1
+    assert pauses[0] < 1
+
+
+def test_a_row_that_ends_early_is_given_out_then(model, processor, inputs):
+    """The first row ends at step 30, the second one at 200."""
+
+    class EndsFirst(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            steps.append(1)
+            return torch.tensor([len(steps) >= 30, False])
+
+    steps = []
+    settings = {**inputs, "max_new_tokens": 200, "min_new_tokens": 200}
+    outputs = model.generate(**settings, stopping_criteria=[EndsFirst()])
+    steps.clear()
+    ends = {}
+    sound = []
+    for event in model.stream(processor, **settings, stopping_criteria=[EndsFirst()]):
+        if event.is_last:
+            ends[event.row] = len(steps)
+        elif event.row == 0:
+            assert 0 not in ends
+        if event.row == 0 and event.audio is not None:
+            sound.append(event.audio)
+    assert sum(map(len, sound)) == 1920 * int(outputs.audio_codes_mask[0].sum())
+    assert ends[0] < 150  # the reader may be behind
+    assert ends[1] == 200
+
+
+def test_sound_beyond_full_scale_is_clipped_alike(model, nano, inputs):
+    loud = MiniMindOProcessor.from_pretrained(nano)
+    loud.audio_tokenizer.get_submodule("decoder.decoder_seanet.layers")[-1].conv.weight.data.mul_(100)
+    answers = loud.decode(model.generate(**inputs))
+    _, sounds = joined(model.stream(loud, **inputs))
+    for row, sound in sounds.items():
+        assert answers[row].audio.abs().max() == 1
+        torch.testing.assert_close(sound, answers[row].audio[: len(sound)], rtol=0, atol=1e-4)
+
+
+def test_a_streamer_serves_again_and_does_not_wait_for_ever(model, processor, inputs):
+    streamer = MiniMindOIteratorStreamer(processor, timeout=20)
+    found = []
+    for _ in range(2):
+        model.generate(**inputs, streamer=streamer)
+        found.append(joined(streamer))
+    assert_same(*found)
+    streamer.timeout = 0.01
+    with pytest.raises(queue.Empty):
+        next(iter(streamer))
+
+
+def test_ended_rows_write_no_padding(model, processor, inputs):
+    eos = processor.tokenizer.eos_token_id
+
+    def end_first(tokens, scores):
+        if tokens.shape[1] > inputs["input_ids"].shape[1] + 2:
+            scores = scores.clone()
+            scores[0, eos] = 1e4
+        return scores
+
+    settings = {**inputs, "logits_processor": [end_first], "max_new_tokens": 12, "generation_mode": "text"}
+    texts, _ = joined(model.stream(processor, **settings, skip_special_tokens=False))
+    assert texts[0].endswith("<|im_end|>")
+    assert "<|endoftext|>" not in texts[0]
 
 
 def test_sound_comes_before_the_answer_is_complete(model, processor, inputs):
@@ -266,8 +349,9 @@ def test_an_error_inside_reaches_the_reader(model, processor, inputs):
 
 
 def test_bad_settings(model, processor, inputs, nano):
-    with pytest.raises(ValueError, match="at least a frame"):
-        model.stream(processor, **inputs, max_latency=0.01)
+    for latency in (0.01, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="at least a frame"):
+            model.stream(processor, **inputs, max_latency=latency)
     with pytest.raises(ValueError, match="streamer of its own"):
         model.stream(processor, **inputs, streamer=object())
     silent = type(processor).from_pretrained(nano, load_audio_tokenizer=False)
@@ -293,6 +377,17 @@ def test_async(model, processor, inputs):
 
     assert_same(joined(asyncio.run(listen())), expected)
     assert len(ticks) > 5  # others had their turn
+
+
+def test_async_leaves_the_callers_event_alone(model, processor, inputs):
+    cancel = threading.Event()
+
+    async def listen():
+        return [event async for event in model.astream(processor, **inputs, cancel=cancel)]
+
+    first, second = asyncio.run(listen()), asyncio.run(listen())
+    assert not cancel.is_set()
+    assert_same(joined(first), joined(second))
 
 
 def test_async_cancelled(model, processor, inputs):

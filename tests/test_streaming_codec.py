@@ -215,3 +215,40 @@ def test_bad_inputs(codec):
     with pytest.raises(ValueError, match="2 rows are to be replaced by a state of 1"):
         decoder.initial_state(3).replace([0, 1], decoder.initial_state(1))
     assert isinstance(decoder(codes)[1], MimiStreamState)
+
+
+def test_rows_by_mask_and_no_rows(codec):
+    decoder = MimiStreamingDecoder(codec)
+    _, state = decoder(make_codes(3, 5))
+    mask = torch.tensor([True, False, True])
+    assert_equal(state.select(mask), state.select([0, 2]))
+    assert_equal(state.reset(mask), state.reset([0, 2]))
+    assert_equal(state.reset([]), state)
+    assert_equal(state.replace([], state.select([])), state)
+    assert len(state.select([])) == 0
+
+
+def assert_equal(found, expected):
+    assert torch.equal(found.positions, expected.positions)
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in expected.tensors)
+
+
+def test_more_codebooks_than_there_are(codec):
+    with pytest.raises(ValueError, match="9 codebooks, the codec 8"):
+        MimiStreamingDecoder(codec)(torch.zeros(1, 9, 2, dtype=torch.long))
+    small = make_codes(1, 4)
+    found, _ = MimiStreamingDecoder(codec)(small.to(torch.uint8))
+    assert torch.equal(found, MimiStreamingDecoder(codec)(small)[0])
+
+
+@pytest.mark.parametrize("bad", [torch.full((1, FRAME), float("nan")), torch.zeros(1, FRAME, dtype=torch.int16)])
+def test_sound_that_is_none(codec, bad):
+    with pytest.raises(ValueError, match="must hold finite floats"):
+        MimiStreamingEncoder(codec)(bad)
+
+
+def test_a_long_chunk_does_not_stay_in_memory(codec):
+    _, state = MimiStreamingDecoder(codec)(make_codes(1, 900))
+    held = sum(tensor.untyped_storage().nbytes() for tensor in state.tensors.values())
+    assert held < 1.2 * sum(tensor.nbytes for tensor in state.tensors.values())

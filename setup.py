@@ -30,10 +30,13 @@ EXTRAS = {
     "play": ["sounddevice>=0.4.6"],
     # The inaudible watermark of generated sound, and its detector.
     "watermark": [WATERMARK],
+    # `minimind-o evaluate`: error rates, plots, suites, and a recogniser with its model (38 MB).
+    "evaluation": ["jiwer>=4", "matplotlib>=3.8", "pyyaml>=6", "pocketsphinx>=5", "evaluate>=0.4.5"],
     # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
     "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5", WATERMARK],
 }
+EXTRAS["test"] += EXTRAS["evaluation"]
 EXTRAS["dev"] = [requirement for extra in ("pipeline", "train", "quality", "test") for requirement in EXTRAS[extra]]
 
 setup(
@@ -45,7 +48,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["minimind_o_hf", "minimind_o_hf.data", "minimind_o_hf.modeling", "minimind_o_hf.processing"],
+    packages=[
+        "minimind_o_hf",
+        "minimind_o_hf.data",
+        "minimind_o_hf.evaluation",
+        "minimind_o_hf.modeling",
+        "minimind_o_hf.processing",
+    ],
+    package_data={"minimind_o_hf.evaluation": ["suites/*.json", "tables/*.yaml"]},
     package_dir={"minimind_o_hf.modeling": "modeling", "minimind_o_hf.processing": "processing"},
     install_requires=[
         "transformers>=5.23,<6",

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_voices(commands)
 
+    _add_evaluate(commands)
     inspect = commands.add_parser(
         "inspect",
         help="say whether a sound file is marked as AI-generated",
@@ -125,6 +126,33 @@ def _add_data(commands: Any) -> None:
         )
     for action in (build, check):
         action.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: the cores")
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="ask a model a suite of questions, listen, and write a report",
+        description="Ask a checkpoint a suite of questions, transcribe its answers, compare voices and pictures, and "
+        "write report.json, report.md and plots. Or score another model's recordings (--wavs), or make a table of "
+        "several checkpoints (--table). An interrupted evaluation goes on where it stopped. It needs "
+        'pip install "minimind_o_hf[evaluation]".',
+    )
+    evaluate.add_argument("model", nargs="?", metavar="MODEL", help="directory or Hub id (default: the nano model)")
+    evaluate.add_argument("--suite", default="nano", metavar="S", help="YAML or JSON file, or nano, english")
+    evaluate.add_argument("--wavs", type=Path, metavar="DIR", help="recordings with .txt files of the same names")
+    evaluate.add_argument("--table", metavar="T", help="YAML file that names checkpoints, or one of the package's")
+    evaluate.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
+    evaluate.add_argument("--asr", default="pocketsphinx", metavar="P", help="or directory or Hub id (Whisper, ...)")
+    evaluate.add_argument("--speaker-encoder", metavar="P", help="CAM++: directory or Hub id; compares voices")
+    evaluate.add_argument("--voices", type=Path, metavar="FILE", help="voices that the model was not trained with")
+    evaluate.add_argument("--recordings", type=Path, metavar="DIR", help="real recordings of voices, VOICE/*.wav")
+    evaluate.add_argument("--data", type=Path, metavar="PARQUET", help="for perplexity and codebook accuracy")
+    evaluate.add_argument("--only", metavar="LIST", help="of typed,spoken,picture (default: all)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="ask at most N questions of each")
+    evaluate.add_argument("--language", default="en", help="of --wavs: en or zh (default: %(default)s)")
+    evaluate.add_argument("--batch-size", type=int, default=16, metavar="N", help="default: %(default)s")
+    evaluate.add_argument("--device", default="cpu", help="default: %(default)s")
+    evaluate.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
 
 
 def _run_data(options: argparse.Namespace) -> None:
@@ -192,13 +220,21 @@ def _run(options: argparse.Namespace) -> None:
 
         run(options)
         return
+    if options.command == "evaluate":
+        try:
+            from .evaluation.command import run
+        except ModuleNotFoundError as error:
+            raise ValueError(f'{error}: pip install "minimind_o_hf[evaluation]"') from error
+        run(options)
+        return
     if options.command == "inspect":
+        from .chat import shown
         from .processing import read_mark
 
         mark, watermark = read_mark(options.file), _has_watermark(options.file)
         if mark is not None:
             found = {} if watermark is None else {"watermark": watermark}
-            print(json.dumps({**mark, **found}, ensure_ascii=False))
+            print(shown(json.dumps({**mark, **found}, ensure_ascii=False)))
         else:
             note = {None: "", True: ", but a watermark", False: ", no watermark"}[watermark]
             print(f"{options.file}: no mark{note}")

@@ -77,7 +77,7 @@ NEEDED_INDIRECTLY = {
     "tensorboard": "logs of the Trainer",
     "torchvision": "the any-to-any pipeline of transformers",
 }
-IMPORT_NAMES = {"pillow": "PIL"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
 
 
 PICKLERS = {"pickle", "cloudpickle", "dill", "joblib"}
@@ -309,7 +309,7 @@ def test_declared_and_imported_packages_agree(metadata):
     extras = metadata["extras_require"]
     optional = {
         distribution(requirement)
-        for extra in ("pipeline", "train", "play", "watermark")
+        for extra in ("pipeline", "train", "play", "watermark", "evaluation")
         for requirement in extras[extra]
     }
     imported = {

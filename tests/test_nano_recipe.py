@@ -1,0 +1,505 @@
+"""The nano recipe: what its corpus holds, how recordings are trimmed, and the pieces of the codec's training."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from minimind_o_hf.modeling import MimiStreamingDecoder
+from torch import nn
+from transformers import MimiModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_scripts" / "nano"))
+stages, words, make_corpus, make_speech, train_codec, nano = (
+    importlib.import_module(name)
+    for name in ("stages", "corpus_words", "make_corpus", "make_speech", "train_codec", "nano")
+)
+needs_flite = pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed")
+
+
+# The frame of the stages
+
+
+def counted(folder, text="made"):
+    """A stage's `make`, which counts how often it was called."""
+
+    def make(given):
+        calls.append(given)
+        (given / "file.txt").write_text(text)
+        return {"answer": 42}
+
+    calls: list[Path] = []
+    return make, calls
+
+
+def test_a_finished_stage_is_reused_until_its_settings_change(tmp_path):
+    folder = tmp_path / "a"
+    make, calls = counted(folder)
+    assert stages.run_stage(folder, [], {"seed": 0}, make)
+    assert not stages.run_stage(folder, [], {"seed": 0}, make)
+    assert calls == [folder]
+    assert json.loads((folder / "figures.json").read_text()) == {"answer": 42}
+    (folder / "old.txt").touch()
+    assert stages.run_stage(folder, [], {"seed": 1}, make)
+    assert not (folder / "old.txt").exists()
+
+
+def test_a_stage_is_run_again_when_an_earlier_one_has_changed(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    make, calls = counted(second)
+    for seed, wanted in ((0, 1), (0, 1), (1, 2)):
+        stages.run_stage(first, [], {"seed": seed}, lambda folder: {})
+        stages.run_stage(second, [first], {}, make)
+        assert len(calls) == wanted
+
+
+def test_a_stage_is_reused_when_an_earlier_one_was_made_again_with_the_same_output(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    make, calls = counted(second)
+    for seed, text, wanted in ((0, "x", 1), (1, "x", 1), (1, "y", 1), (2, "y", 2)):
+        earlier, _ = counted(first, text)
+        stages.run_stage(first, [], {"seed": seed}, earlier, ["file.txt"])
+        stages.run_stage(second, [first], {}, make)
+        assert len(calls) == wanted
+
+
+def test_an_interrupted_stage_goes_on_from_its_files(tmp_path):
+    folder = tmp_path / "a"
+
+    def interrupted(given):
+        (given / "half.txt").write_text("kept")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_stage(folder, [], {}, interrupted)
+    assert not (folder / "done.json").exists()
+    assert stages.run_stage(folder, [], {}, lambda given: {"found": (given / "half.txt").read_text()})
+    assert stages.read_json(folder / "figures.json") == {"found": "kept"}
+
+
+def test_a_stage_neither_starts_before_its_inputs_nor_empties_what_is_not_its_own(tmp_path):
+    with pytest.raises(ValueError, match="Not finished yet: corpus"):
+        stages.open_stage(tmp_path / "speech", [tmp_path / "corpus"], {})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds no stage"):
+        stages.open_stage(tmp_path / "mine", [], {})
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+# The corpus
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return make_corpus.make_conversations(seed=0, size=700)
+
+
+@pytest.fixture(scope="module")
+def split(corpus):
+    return {name: [row for row in corpus if row["split"] == name] for name in ("train", "eval")}
+
+
+def asked(row):
+    return row["question"], json.dumps(row["scene"])
+
+
+def test_the_corpus_is_as_large_as_it_says(corpus, split):
+    closed = [row for row in split["train"] if row["kind"] != "repeat"]
+    assert len(closed) >= 30_000
+    assert len({(*asked(row), row["answer"]) for row in corpus}) == len(corpus)
+    assert len({word for row in closed for word in make_corpus.words_of(row["answer"])}) >= 400
+    repeated = [row["answer"] for row in split["train"] if row["kind"] == "repeat"]
+    assert len({word for answer in repeated for word in make_corpus.words_of(answer)}) >= 1_000
+
+
+def test_answers_are_short_plain_sentences(corpus):
+    for row in corpus:
+        assert re.fullmatch(r"[A-Z][A-Za-z' ,?]*[.?]( [A-Z][a-z ]*\.)?", row["answer"]), row
+        assert 2 <= len(make_corpus.words_of(row["answer"])) <= 12
+        assert re.fullmatch(r"[A-Z][A-Za-z',.?: ]*[.?]", row["question"]), row
+
+
+def test_what_is_evaluated_was_not_trained_on(split):
+    questions = {asked(row) for row in split["train"]}
+    answers = {row["answer"] for row in split["train"]}
+    scenes = {json.dumps(row["scene"]) for row in split["train"]}
+    wordings = {row["question"] for row in split["train"]}
+    held = Counter(row["held"] for row in split["eval"])
+    assert min(held[name] for name in ("answer", "paraphrase", "question", "scene")) >= 100
+    for row in split["eval"]:
+        assert asked(row) not in questions
+        assert (row["answer"] in answers) == (row["held"] != "answer") or row["held"] == "scene"
+        assert (json.dumps(row["scene"]) in scenes) == (row["held"] != "scene")
+        assert row["question"] not in wordings or row["held"] == "scene"
+    assert all(row["held"] is None for row in split["train"])
+
+
+def test_what_is_evaluated_is_made_of_words_from_training(split):
+    spoken = {word for row in split["train"] for word in make_corpus.words_of(row["answer"])}
+    known = spoken | {word for row in split["train"] for word in make_corpus.words_of(row["question"])}
+    for row in split["eval"]:
+        assert spoken.issuperset(make_corpus.words_of(row["answer"]))
+        assert known.issuperset(make_corpus.words_of(row["question"]))
+
+
+def test_sums_are_right(corpus):
+    signs = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
+    found = Counter()
+    for row in corpus:
+        if match := re.fullmatch(r"(\w+) (plus|minus|times) (\w+) is (\w+)\.", row["answer"]):
+            a, b, c = (words.NUMBERS.index(match[index].lower()) for index in (1, 3, 4))
+            assert signs[match[2]](a, b) == c, row
+            found[match[2]] += 1
+        if row["kind"] == "problems":
+            a, b = (
+                words.NUMBERS.index(word) for word in make_corpus.words_of(row["question"]) if word in words.NUMBERS
+            )
+            less = re.search("lose|lost|give away", row["question"])
+            assert words.NUMBERS[a - b if less else a + b] in row["answer"].split(), row
+    assert found["plus"] > 1_000
+    assert found["minus"] > 1_000
+
+
+def test_answers_about_pictures_fit_their_scenes(corpus):
+    for row in corpus:
+        if row["kind"] != "picture":
+            continue
+        scene, answer = row["scene"], row["answer"].lower().rstrip(".")
+        names = [(shown["colour"], shown["shape"], shown["where"]) for shown in scene]
+        said = answer.split()
+        if said[0] == "no,":
+            assert said[-1] not in {shape for _, shape, _ in names}
+            continue
+        # Whatever is named is there, with its own colour and place.
+        named = [name for name in names if name[1] in said or f"{name[1]}s" in said]
+        assert named, row
+        for colour in set(words.SHAPE_COLOURS) & set(said):
+            assert any(name[0] == colour for name in named), row
+        for where, place in words.POSITIONS.items():
+            if answer.endswith(place):
+                assert any(name[2] == where and name[0] in said for name in named), row
+        if len(scene) > 1 and said[:2] == ["there", "are"]:
+            assert words.NUMBERS[len(scene)] == said[2]
+
+
+def test_days_follow_each_other(corpus):
+    found = 0
+    for row in corpus:
+        if match := re.fullmatch(r"(\w+day) comes (after|before) (\w+day)\.", row["answer"]):
+            step = words.DAYS.index(match[1]) - words.DAYS.index(match[3])
+            assert step % 7 == (1 if match[2] == "after" else 6)
+            found += 1
+    assert found >= 14
+
+
+def test_the_same_seed_gives_the_same_corpus():
+    first, again, other = (make_corpus.make_conversations(seed, 10) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_the_script_writes_corpus_figures_and_plot(tmp_path, capsys):
+    make_corpus.main([str(tmp_path), "--quick"])
+    rows = stages.read_lines(tmp_path / "corpus" / "conversations.jsonl")
+    figures = stages.read_json(tmp_path / "corpus" / "figures.json")
+    assert [row["id"] for row in rows] == list(range(len(rows)))
+    assert sum(figures[name]["train conversations"] for name in figures) == sum(r["split"] == "train" for r in rows)
+    assert (tmp_path / "corpus" / "figures.png").read_bytes()[:4] == b"\x89PNG"
+    make_corpus.main([str(tmp_path), "--quick"])
+    assert capsys.readouterr().err.splitlines() == ["corpus: running", "corpus: unchanged, reused"]
+
+
+# Speech
+
+
+def test_recordings_are_trimmed_to_whole_frames_of_one_loudness():
+    tone = 0.5 * np.sin(2 * np.pi * 200 * np.arange(16000) / 16000)  # 12.5 frames
+    trimmed = make_speech.trim(np.pad(tone, (3000, 5000)).astype(np.float32))
+    assert trimmed.dtype == np.float32
+    assert len(trimmed) == (1 + 13 + 1) * 1280
+    assert not trimmed[:1280].any()
+    assert not trimmed[1280 + 16000 + 10 :].any()
+    assert np.sqrt(np.mean(trimmed[1280 : 1280 + 16000] ** 2)) == pytest.approx(0.08, rel=0.01)
+
+
+def test_a_silent_recording_is_refused():
+    with pytest.raises(ValueError, match="silent"):
+        make_speech.trim(np.zeros(16000, np.float32))
+
+
+def test_the_unseen_voice_and_the_held_out_sentences_are_only_evaluated(corpus):
+    for plan in (make_speech.plan_answers, make_speech.plan_questions):
+        train, evaluation = plan(corpus, 50)
+        assert {row["voice"] for row in train} == set(make_speech.VOICES)
+        assert Counter(row["voice"] for row in evaluation) == dict.fromkeys(("slt", "rms", "awb", "kal16"), 50)
+        assert {row["text"] for row in train}.isdisjoint(row["text"] for row in evaluation)
+        shares = Counter(row["voice"] for row in train[:3000])
+        assert max(shares.values()) < 1.2 * min(shares.values())
+
+
+def test_answers_are_spoken_in_one_voice_before_any_is_in_a_second_one(corpus):
+    train, _ = make_speech.plan_answers(corpus, 0)
+    distinct = len({row["text"] for row in train})
+    assert len({row["text"] for row in train[:distinct]}) == distinct
+    assert len({(row["text"], row["voice"]) for row in train}) == len(train)
+
+
+@needs_flite
+def test_flite_speaks_and_finished_recordings_are_kept(tmp_path):
+    rows = [{"text": "The red circle is on the left.", "voice": voice} for voice in ("slt", "kal16")]
+    spoken = make_speech.speak_rows(rows, tmp_path / "answers", float("inf"))
+    for row in spoken:
+        path = tmp_path / row["path"]
+        assert soundfile.info(path).samplerate == 16000
+        assert soundfile.info(path).frames == row["seconds"] * 16000
+        assert 1 < row["seconds"] < 4
+        assert row["seconds"] / 0.08 == pytest.approx(round(row["seconds"] / 0.08))
+    path.write_bytes((tmp_path / spoken[0]["path"]).read_bytes())
+    assert make_speech.speak_rows(rows, tmp_path / "answers", float("inf"))[1]["seconds"] == spoken[0]["seconds"]
+
+
+# The codec
+
+
+def test_the_features_hold_nothing_that_comes_later():
+    waveform = torch.randn(1, 3 * 1920, generator=torch.Generator().manual_seed(0))
+    changed = waveform.clone()
+    changed[:, 1920:] = 0
+    first, second = train_codec.log_mel(waveform), train_codec.log_mel(changed)
+    assert first.shape == (1, 12, 64)
+    assert torch.equal(first[:, :4], second[:, :4])
+    assert not torch.equal(first[:, 4], second[:, 4])
+    assert train_codec.patches(waveform)[0, 1].tolist() == first[0, 4:8].flatten().tolist()
+
+
+def test_silence_is_the_floor_of_the_features():
+    assert train_codec.log_mel(torch.zeros(1, 1920)).unique().tolist() == pytest.approx([np.log(0.01)])
+
+
+def test_principal_components_are_found_and_scaled():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5000, 2, generator=generator) * torch.tensor([6.0, 2.0])
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    vectors = hidden @ turn[:2] + 5
+    pca = train_codec.fit_pca(vectors, 2)
+    components = (vectors - pca["mean"]) @ pca["basis"]
+    assert pca["explained"][:2].tolist() == pytest.approx([0.9, 0.1], abs=0.01)
+    assert components.square().mean().item() == pytest.approx(1, rel=1e-3)
+    assert (components[:, 0].std() / components[:, 1].std()).item() == pytest.approx(3, rel=0.05)
+
+
+def test_kmeans_finds_separate_clusters_and_fills_empty_ones():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    vectors = centres.repeat(25, 1)
+    found = train_codec.kmeans(vectors, 4, 20, generator)
+    assert sorted(found.tolist()) == sorted(centres.tolist())
+
+
+def test_each_codebook_is_fitted_to_what_the_others_leave():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2000, 4, generator=generator)
+    codebooks = train_codec.residual_kmeans(vectors, 3, 16, 10, generator)
+    left, errors = vectors, []
+    for codebook in codebooks:
+        left = left - codebook[train_codec.nearest(left, codebook)]
+        errors.append(left.square().sum(1).mean().item())
+    assert errors[2] < errors[1] < errors[0] < 4 * 0.5
+
+
+@pytest.fixture(scope="module")
+def latents():
+    """`(600, 66)`: like principal components, of falling size."""
+    sizes = 4 * 0.93 ** torch.arange(66)
+    return torch.randn(600, 66, generator=torch.Generator().manual_seed(0)) * sizes
+
+
+@pytest.fixture(scope="module")
+def codebooks(latents):
+    return train_codec.fit_codebooks(latents, rounds=3, seed=0)
+
+
+@pytest.fixture(scope="module")
+def codec(codebooks):
+    codec = train_codec.build_codec(0)
+    train_codec.store_codebooks(codec, codebooks)
+    return codec.eval()
+
+
+def test_codes_of_the_codec_are_the_nearest_codewords(codec, codebooks, latents):
+    assert codebooks.shape == (8, 512, 64)
+    assert not codebooks[0, :, 2:].any()
+    padded = torch.nn.functional.pad(latents, (0, 62)).T[None]
+    codes = codec.quantizer.encode(padded)[:, 0]
+    assert torch.equal(codes[0], torch.cdist(latents[:, :2], codebooks[0, :, :2]).argmin(1))
+    left = latents[:, 2:]
+    for codebook, found in zip(codebooks[1:], codes[1:], strict=True):
+        chosen = torch.cdist(left, codebook).argmin(1)
+        assert torch.equal(found, chosen)
+        left = left - codebook[chosen]
+    decoded = codec.quantizer.decode(codes[None].transpose(0, 1).transpose(0, 1))[0].T
+    wanted = torch.cat([codebooks[0, codes[0], :2], sum(codebooks[n, codes[n]] for n in range(1, 8))], dim=1)
+    torch.testing.assert_close(decoded[:, :66], wanted)
+    assert not decoded[:, 66:].any()
+
+
+def test_more_codebooks_come_nearer(codec, latents):
+    padded = torch.nn.functional.pad(latents, (0, 62)).T[None]
+    codes = codec.quantizer.encode(padded).transpose(0, 1)
+    errors = [(codec.quantizer.decode(codes[:, :n]) - padded).square().mean().item() for n in range(1, 9)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_the_fast_elu_is_elu_with_its_gradient():
+    inputs = torch.linspace(-8, 8, 101, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(train_codec.FastElu(), inputs)
+    torch.testing.assert_close(train_codec.FastElu()(inputs), nn.functional.elu(inputs))
+
+
+def test_an_untrained_codec_starts_at_the_loudness_of_speech(codec):
+    latents = torch.randn(4, 128, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loudness = codec.decoder(latents).audio_values.square().mean().sqrt().item()
+        encoded = codec.encoder(torch.randn(2, 1, 12 * 1920) * 0.08).latents
+    assert 0.02 < loudness < 0.5
+    assert 0.1 < encoded.std().item() < 10
+
+
+def synthetic_speech(folder, texts=24):
+    """A speech stage without a voice: tones that glide."""
+    rows = []
+    for number in range(texts):
+        time = np.arange(16000 * 2) / 16000
+        tone = 0.1 * np.sin(2 * np.pi * (150 + 10 * number + 100 * time) * time)
+        path = folder / "answers" / f"{number}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, tone, 16000)
+        name = {"path": f"answers/{number}.flac", "seconds": 2.0, "kind": "facts", "text": "Ice is frozen water."}
+        rows.append({**name, "voice": ("slt", "kal16")[number % 2], "split": "eval" if number < 4 else "train"})
+    stages.write_lines(folder / "answers.jsonl", rows)
+    stages.write_json(folder / "done.json", {"digest": "0", "output": "0"})
+
+
+SETTINGS = {
+    "seed": 0,
+    "bfloat16": True,
+    "minutes": 1,
+    "held out": 4,
+    "rounds": 2,
+    "encoder steps": 4,
+    "encoder rate": 1e-3,
+    "decoder steps": 4,
+    "decoder rate": 1e-3,
+    "refit": 4,
+    "tuning steps": 2,
+    "tuning rate": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """All parts of the codec's training, a few steps each."""
+    folder = tmp_path_factory.mktemp("codec")
+    synthetic_speech(folder / "speech")
+    training = train_codec.CodecTraining(folder, folder / "speech", SETTINGS)
+    training.histories = {"encoder": training.train_encoder(), "decoder": training.train_decoder()}
+    training.refit_codebooks()
+    training.histories["tuned"] = training.tune_decoder()
+    training.save()
+    return training
+
+
+def test_the_saved_codec_encodes_and_decodes_and_streams(training):
+    codec = MimiModel.from_pretrained(training.folder / "model", dtype=torch.float32)
+    waveform = torch.from_numpy(training.speech.waveforms[0])[None, None]
+    codes = codec.encode(waveform).audio_codes
+    assert codes.shape == (1, 8, 25)
+    offline = codec.decode(codes).audio_values[:, 0]
+    assert offline.shape == (1, 48000)
+    decoder = MimiStreamingDecoder(codec)
+    pieces, state = [], None
+    for part in codes.split([1, 4, 20], dim=2):
+        sound, state = decoder(part, state)
+        pieces.append(sound)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), offline, atol=1e-5, rtol=1e-4)
+
+
+def test_the_saved_codebooks_are_those_fitted_to_the_encoder(training):
+    codec = MimiModel.from_pretrained(training.folder / "model", dtype=torch.float32)
+    stored = train_codec.load_file(training.folder / "codebooks.safetensors")["codebooks"]
+    layers = [
+        *codec.quantizer.semantic_residual_vector_quantizer.layers,
+        *codec.quantizer.acoustic_residual_vector_quantizer.layers,
+    ]
+    torch.testing.assert_close(torch.stack([layer.codebook.embed for layer in layers]), stored, atol=5e-3, rtol=1e-3)
+
+
+def test_a_finished_training_is_read_and_not_repeated(training, monkeypatch):
+    again = train_codec.CodecTraining(training.folder, training.folder / "speech", SETTINGS)
+    monkeypatch.setattr(again.speech, "crops", None)  # which a step needs
+    assert again.train_encoder() == training.histories["encoder"]
+    for name, value in training.codec.encoder.state_dict().items():
+        assert torch.equal(again.codec.encoder.state_dict()[name], value), name
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_codec, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(train_codec, "CHECK_EVERY", 2)
+
+    def run(folder, stop=None):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        network = nn.Linear(3, 3)
+
+        def loss_at(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            return (network(inputs) - inputs).square().mean()
+
+        def check():
+            return (network(torch.ones(1, 3)) - 1).square().mean().item()
+
+        history = train_codec.train("it", folder, network, loss_at, check, 8, 1e-2)
+        return network.weight, [(row["step"], row["held out"]) for row in history]
+
+    weights, history = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop=5)
+    resumed, found = run(tmp_path / "parts")
+    assert torch.equal(weights, resumed)
+    assert found == history
+    assert [step for step, _ in history] == [2, 4, 6, 8]
+
+
+def test_the_best_weights_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_codec, "CHECK_EVERY", 1)
+    network = nn.Linear(1, 1, bias=False)
+    seen, losses = [], iter([3.0, 1.0, 2.0])
+
+    def check():
+        seen.append(network.weight.item())
+        return next(losses)
+
+    train_codec.train("it", tmp_path, network, lambda step: network.weight.sum(), check, 3, 0.1)
+    assert network.weight.item() == seen[1] != seen[2]
+
+
+@needs_flite
+@pytest.mark.slow
+def test_the_whole_recipe_runs_quickly(tmp_path, capsys):
+    nano.main([str(tmp_path), "--quick"])
+    figures = stages.read_json(tmp_path / "codec" / "figures.json")
+    assert set(figures["errors"]) == {"slt", "rms", "awb", "kal16", "repeat"}
+    assert MimiModel.from_pretrained(tmp_path / "codec" / "model").config.codebook_size == 512
+    capsys.readouterr()
+    nano.main([str(tmp_path), "--quick"])
+    assert capsys.readouterr().err.splitlines() == [f"{n}: unchanged, reused" for n in ("corpus", "speech", "codec")]

@@ -1,0 +1,216 @@
+"""Speaks the nano corpus with flite: the answers, and the questions.
+
+    python training_scripts/nano/make_speech.py WORK            (about 20 minutes on one core)
+    python training_scripts/nano/make_speech.py WORK --quick
+
+It needs the program `flite` with its voices (Debian, Ubuntu: apt install flite). Three voices are trained on; the
+fourth, kal16, speaks only what is evaluated. WORK/speech gets
+
+    answers.jsonl, questions.jsonl    `text`, `voice`, `split`, `kind`, `seconds` and `path` of each recording
+    answers/VOICE/, questions/VOICE/  FLAC, 16 kHz, mono
+
+Training answers are spoken in one voice each, then in a second and a third, until the budget is used up: those of the
+closed domain before the sentences to repeat. Training questions are spoken in one voice each; what is evaluated, in
+all four. Every recording begins with 80 ms of silence, ends with 80 to 160 ms, lasts a whole number of 80 ms frames
+and is equally loud: so the same words give nearly the same codes.
+"""
+
+import hashlib
+import itertools
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from stages import new_plot, read_lines, run_stage, save_plot, stage_arguments, write_lines
+
+from minimind_o_hf.data.building import speak
+from minimind_o_hf.files import new_file
+
+VERSION = 1
+VOICES = ("slt", "rms", "awb")
+HELD_OUT_VOICE = "kal16"
+TTS = "flite -voice {voice} -t {{text}} -o {{out}}"
+
+RATE = 16000
+FRAME = RATE * 80 // 1000
+LOUDNESS = 0.08  # RMS of what is not silence
+SILENCE = 0.01  # of the peak
+AT_ONCE = 64
+
+
+def trim(waveform: np.ndarray) -> np.ndarray:
+    """
+    Brings a recording into the common form.
+
+    Args:
+        waveform (`np.ndarray` of shape `(num_samples,)`): At 16 kHz, with silence around the speech.
+
+    Returns:
+        `np.ndarray` of shape `(num_frames * 1280,)`: A frame of silence, the speech at the common loudness, and at
+        least a frame of silence.
+
+    Raises:
+        ValueError: There is nothing but silence.
+    """
+    peak = np.abs(waveform).max(initial=0)
+    loud = np.flatnonzero(np.abs(waveform) > SILENCE * peak)
+    if not len(loud):
+        raise ValueError("the recording is silent")
+    begin, end = loud[0], loud[-1] + 1
+    length = -(-(end - begin) // FRAME) * FRAME + 2 * FRAME
+    padded = np.pad(waveform, (FRAME, length))[begin : begin + length]
+    # Outside the speech flite's own faint noise fades out, so that every recording begins and ends in the same way.
+    fade = np.zeros(length)
+    fade[FRAME : FRAME + end - begin] = 1
+    ramp = np.linspace(0, 1, FRAME // 4)
+    fade[FRAME - len(ramp) : FRAME] = ramp
+    fade[FRAME + end - begin :][: len(ramp)] = ramp[::-1]
+    gain = LOUDNESS / np.sqrt(np.mean(np.square(waveform[begin:end], dtype=np.float64)))
+    return (padded * fade * min(gain, 0.99 / peak)).astype(np.float32)
+
+
+def name_of(text: str) -> str:
+    """A file's name, which only depends on its text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def speak_to(path: Path, text: str, voice: str) -> float:
+    """Speaks a text into a file, unless it is there; its length in seconds."""
+    if not path.is_file():
+        spoken = speak(TTS.format(voice=voice), text)
+        with new_file(path) as temporary:
+            raw = temporary.with_suffix(".wav")
+            raw.write_bytes(spoken)
+            waveform, rate = soundfile.read(raw, dtype="float32")
+            raw.unlink()
+            if rate != RATE:
+                raise ValueError(f"flite's voice {voice!r} speaks at {rate} Hz, {RATE} Hz are expected.")
+            soundfile.write(temporary, trim(waveform), RATE, format="FLAC")
+    return soundfile.info(path).frames / RATE
+
+
+def shuffled(rows: Sequence[dict]) -> list[dict]:
+    """In an order that only depends on the texts."""
+    return sorted(rows, key=lambda row: name_of(row["text"]))
+
+
+def distinct(conversations: Sequence[dict], field: str, split: str) -> list[dict]:
+    """The different questions or answers of a split, shuffled."""
+    rows = {row[field]: row["kind"] for row in conversations if row["split"] == split}
+    return shuffled([{"text": text, "kind": kind, "split": split} for text, kind in rows.items()])
+
+
+def in_voices(rows: Sequence[dict], passes: int) -> Iterator[dict]:
+    """Each row in one voice, then each in the next, and so on."""
+    for number, row in itertools.product(range(passes), rows):
+        index = (int(name_of(row["text"]), 16) + number) % len(VOICES)
+        yield {**row, "voice": VOICES[index]}
+
+
+def plan_answers(conversations: Sequence[dict], evaluated: int) -> tuple[list[dict], list[dict]]:
+    """What is to be spoken for training, in order, and what for evaluation."""
+    train = distinct(conversations, "answer", "train")
+    closed = [row for row in train if row["kind"] != "repeat"]
+    repeated = [row for row in train if row["kind"] == "repeat"]
+    known = {row["text"] for row in train}
+    new = [row for row in distinct(conversations, "answer", "eval") if row["text"] not in known]
+    ordered = [*in_voices(closed, 1), *in_voices(repeated, 1), *list(in_voices(closed, 3))[len(closed) :]]
+    return ordered, in_all_voices(new[:evaluated])
+
+
+def plan_questions(conversations: Sequence[dict], evaluated: int) -> tuple[list[dict], list[dict]]:
+    """The same for the questions; pictures are asked about with the same few, so each counts once."""
+    train = distinct(conversations, "question", "train")
+    known = {row["text"] for row in train}
+    new = [row for row in distinct(conversations, "question", "eval") if row["text"] not in known]
+    return list(in_voices(train, 1)), in_all_voices(new[:evaluated])
+
+
+def in_all_voices(rows: Sequence[dict]) -> list[dict]:
+    return [{**row, "voice": voice} for row in rows for voice in (*VOICES, HELD_OUT_VOICE)]
+
+
+def speak_rows(rows: Sequence[dict], folder: Path, minutes: float) -> list[dict]:
+    """Speaks rows one after another until the budget is used up; what is there already is kept."""
+    done: list[dict] = []
+    seconds = 0.0
+
+    def one(row: dict) -> dict:
+        path = folder / row["voice"] / f"{name_of(row['text'])}.flac"
+        length = speak_to(path, row["text"], row["voice"])
+        return {**row, "seconds": length, "path": str(path.relative_to(folder.parent))}
+
+    # flite is a process of its own, so threads are enough.
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(0, len(rows), AT_ONCE):
+            if seconds >= minutes * 60:
+                break
+            done += pool.map(one, rows[start : start + AT_ONCE])
+            seconds = sum(row["seconds"] for row in done)
+    return done
+
+
+def count_figures(rows: Sequence[dict]) -> dict:
+    minutes = Counter()
+    for row in rows:
+        minutes[f"{row['split']} {row['voice']}"] += row["seconds"] / 60
+    lengths = [row["seconds"] for row in rows]
+    return {
+        "recordings": len(rows),
+        "texts": len({row["text"] for row in rows}),
+        "minutes": {name: round(value, 1) for name, value in sorted(minutes.items())},
+        "seconds": dict(zip(("5%", "50%", "95%"), np.percentile(lengths, [5, 50, 95]).round(2).tolist(), strict=True)),
+    }
+
+
+def plot_lengths(rows: dict[str, list[dict]], path: Path) -> None:
+    figure, axes = new_plot(1, len(rows))
+    for axis, (name, chosen) in zip(axes, rows.items(), strict=True):
+        for voice in (*VOICES, HELD_OUT_VOICE):
+            axis.hist([row["seconds"] for row in chosen if row["voice"] == voice], 40, histtype="step", label=voice)
+        axis.set_xlabel(f"seconds of {name}")
+        axis.legend()
+    save_plot(figure, path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Speaks answers and questions."""
+    parser = stage_arguments(__doc__)
+    parser.add_argument("--minutes", type=float, help="of training answers (default: 400, quick: 2)")
+    parser.add_argument("--question-minutes", type=float, help="of training questions (default: 300, quick: 1)")
+    options = parser.parse_args(arguments)
+    if not shutil.which("flite"):
+        sys.exit("There is no program 'flite' to speak with: install it (Debian, Ubuntu: apt install flite).")
+    settings = {
+        "version": VERSION,
+        "minutes": options.minutes or (2 if options.quick else 400),
+        "question minutes": options.question_minutes or (1 if options.quick else 300),
+        "evaluated": 8 if options.quick else 240,
+    }
+    corpus = options.work / "corpus"
+
+    def make(folder: Path) -> dict:
+        conversations = read_lines(corpus / "conversations.jsonl")
+        plans = {
+            "answers": (plan_answers(conversations, settings["evaluated"]), settings["minutes"]),
+            "questions": (plan_questions(conversations, settings["evaluated"]), settings["question minutes"]),
+        }
+        spoken = {}
+        for name, ((train, evaluation), minutes) in plans.items():
+            # Without a budget: all of it.
+            spoken[name] = speak_rows(evaluation, folder / name, float("inf"))
+            spoken[name] += speak_rows(train, folder / name, minutes)
+            write_lines(folder / f"{name}.jsonl", spoken[name])
+        plot_lengths(spoken, folder / "figures.png")
+        return {name: count_figures(rows) for name, rows in spoken.items()}
+
+    run_stage(options.work / "speech", [corpus], settings, make, ["answers.jsonl", "questions.jsonl"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -223,7 +223,9 @@ def main() -> None:
     parser.add_argument("--speech", metavar="FILE", help="for the picture: what is encoded, in place of random codes")
     options = parser.parse_args()
     if options.picture:
-        codec = MimiModel.from_pretrained(options.codec, dtype=torch.float32) if options.codec else build(options.quick)[1]
+        codec = build(options.quick)[1]
+        if options.codec:
+            codec = MimiModel.from_pretrained(options.codec, dtype=torch.float32)
         codes = torch.randint(0, codec.config.codebook_size, (1, 8, 40))
         draw(options.picture, codec, encoded(codec, options.speech) if options.speech else codes)
         return

@@ -470,7 +470,7 @@ def _read_turn(notes: dict[str, Any], number: int, tensors: dict[str, torch.Tens
     clips = {name: tensors[f"{number}.{name}"] for name in CLIPS if f"{number}.{name}" in tensors}
     if notes["frames"] < 0:
         raise ValueError(f"turn {number} has {notes['frames']} frames")
-    return _Turn(message, *tokens, clips, int(notes["frames"]), bool(notes["is_complete"]))
+    return _Turn(message, tokens[0], tokens[1], clips, int(notes["frames"]), bool(notes["is_complete"]))
 
 
 def _without_sources(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -333,7 +333,8 @@ def train(
     rate: float,
 ) -> list[dict]:
     """
-    Trains a network, and leaves it as it was when its held-out loss was least. Goes on from `folder/NAME.pt`.
+    Trains a network, and leaves it as it was when its held-out loss was least. Goes on from `folder/NAME.pt`; takes
+    `folder/NAME.safetensors`, with its history beside it, as it is.
 
     Args:
         name (`str`): Of the checkpoint.
@@ -347,6 +348,10 @@ def train(
     Returns:
         list of `dict`: `step`, `train` (mean since the last), `held out` and `seconds`.
     """
+    finished = folder / f"{name}.safetensors"
+    if finished.is_file():  # a part that was trained to its end before
+        network.load_state_dict(load_file(finished))
+        return read_lines(folder / f"{name}.jsonl")
     path = folder / f"{name}.pt"
     optimizer = torch.optim.AdamW(network.parameters(), rate, betas=(0.8, 0.99), weight_decay=1e-3)
     step, history, best = 0, [], {"loss": math.inf, "weights": {}}

@@ -390,12 +390,14 @@ class VoiceLibrary:
             overwrite (`bool`, *optional*, defaults to `False`): Replace a voice of that name.
 
         Raises:
-            ValueError: No name, or one that cannot be, or is taken.
+            ValueError: No name, or one that cannot be, or is taken; the voice states no consent.
             OSError: The library cannot be read or written, or another process held it for 30 s.
         """
         self._add([dataclasses.replace(voice, name=check_voice_name(name or voice.name))], overwrite)
 
     def _add(self, added: list[Voice], overwrite: bool) -> None:
+        for voice in added:
+            _checked_statement(voice.consent, "consent")
         with self._changing() as voices:
             if (taken := [voice.name for voice in added if voice.name in voices]) and not overwrite:
                 raise ValueError(

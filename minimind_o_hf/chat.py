@@ -163,7 +163,7 @@ def answer(conversation: Conversation, said: list[dict], options: argparse.Names
         return
     if not sounds:
         _write(conversation, torch.zeros(0), options, out)
-    duration = sum(map(len, sounds)) / conversation.sampling_rate
+    duration = sum(map(len, sounds)) / conversation.processor.output_sampling_rate
     note = f", the first after {first:.2f} s" if first else ", no complete frame: a short silence"
     print(
         f"{out}: {duration:.1f} s of speech{note}, made in {seconds:.1f} s ({duration / seconds:.2f}x real time)",
@@ -172,7 +172,7 @@ def answer(conversation: Conversation, said: list[dict], options: argparse.Names
 
 
 def _write(conversation: Conversation, sound: torch.Tensor, options: argparse.Namespace, out: Path) -> None:
-    sound = Watermark().apply(sound, conversation.sampling_rate) if options.watermark else sound
+    sound = Watermark().apply(sound, conversation.processor.output_sampling_rate) if options.watermark else sound
     model = Path(options.model or "nano").name
     conversation.processor.save_audio(sound, out, model=model, voice=options.voice)
 
@@ -181,7 +181,6 @@ def converse(conversation: Conversation, options: argparse.Namespace, read: Call
     """A conversation: reads lines until the end of input. Answer N's speech goes to `reply-N.wav`."""
     attached: dict[str, list[str]] = {"/audio": [], "/image": []}
     out, turns = Path(options.out), 0
-    path = out
     print(HELP)
     while True:
         try:
@@ -189,6 +188,7 @@ def converse(conversation: Conversation, options: argparse.Namespace, read: Call
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        path = out.with_name(f"{out.stem}-{turns + 1}{out.suffix}")
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         try:
@@ -211,11 +211,10 @@ def converse(conversation: Conversation, options: argparse.Namespace, read: Call
                 print(HELP)
             elif line and (line != "/send" or any(attached.values())):
                 said = content(None if line == "/send" else line, attached["/audio"], attached["/image"])
-                path = out.with_name(f"{out.stem}-{turns + 1}{out.suffix}")
                 answer(conversation, said, options, path)
                 attached, turns = {"/audio": [], "/image": []}, turns + 1
         except KeyboardInterrupt:
-            turns += path.name.endswith(f"-{turns + 1}{out.suffix}") and path.exists()
+            turns += path.exists()
             print("(interrupted; what was said is kept)")
         except (ValueError, OSError) as error:
             if isinstance(error, BrokenPipeError):

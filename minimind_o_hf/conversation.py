@@ -146,12 +146,6 @@ class Conversation:
         """Positions whose keys and values are kept."""
         return int(self._cache.get_seq_length())
 
-    @property
-    def sampling_rate(self) -> int:
-        """Rate of the answers' sound in Hz."""
-        codec = self.processor.audio_tokenizer
-        return 24000 if codec is None else codec.config.sampling_rate
-
     def _text(self, tokens: torch.Tensor) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 

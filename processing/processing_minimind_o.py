@@ -379,7 +379,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
                 answer = answer[: answer.index(self.tokenizer.eos_token_id) + 1]
             text = self.tokenizer.decode(answer, skip_special_tokens=skip_special_tokens, **kwargs)
             thinking, text = self._split_thinking(prompt, text)
-            answers.append(MiniMindOAnswer(text, waveform, self._output_rate, thinking))
+            answers.append(MiniMindOAnswer(text, waveform, self.output_sampling_rate, thinking))
         return answers
 
     def _split_thinking(self, prompt: list[int], text: str) -> tuple[str | None, str]:
@@ -392,7 +392,8 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         return thinking.replace("<think>", "", 1).strip("\n") or None, answer.lstrip("\n")
 
     @property
-    def _output_rate(self) -> int:
+    def output_sampling_rate(self) -> int:
+        """Rate of the answers' sound in Hz: the codec's, or Mimi's 24 kHz without one."""
         return 24000 if self.audio_tokenizer is None else self.audio_tokenizer.config.sampling_rate
 
     @torch.no_grad()
@@ -479,7 +480,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         waveforms, paths = ([audio], [path]) if single else (list(audio), list(path))
         if len(waveforms) != len(paths):
             raise ValueError(f"{len(waveforms)} waveforms cannot be written to {len(paths)} paths")
-        rate = int(sampling_rate or self._output_rate)
+        rate = int(sampling_rate or self.output_sampling_rate)
         mark = make_mark(model, voice) if generated else None
         for waveform, target in zip(waveforms, paths, strict=True):
             _write_audio(waveform, Path(target), rate, mark)
@@ -506,7 +507,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         Raises:
             `ValueError`, `OSError`: as `save_audio`.
         """
-        with _open_audio(Path(path), int(sampling_rate or self._output_rate), make_mark(model, voice)) as file:
+        with _open_audio(Path(path), int(sampling_rate or self.output_sampling_rate), make_mark(model, voice)) as file:
             yield file
 
     def post_process_multimodal_output(

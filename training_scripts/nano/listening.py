@@ -11,15 +11,10 @@ import jiwer
 import numpy as np
 import torch
 import torchaudio
-from pocketsphinx import Decoder
 
-RATE = 16000
+from minimind_o_hf.evaluation.listening import RATE, PocketSphinx
 
-
-@functools.cache
-def recogniser() -> Decoder:
-    """US English, open vocabulary."""
-    return Decoder(samprate=RATE, loglevel="FATAL")
+recogniser = functools.cache(PocketSphinx)
 
 
 def normalise(text: str) -> str:
@@ -36,15 +31,8 @@ def transcribe(waveform: np.ndarray, rate: int) -> str:
     Returns:
         `str`: Words in lower case; empty where none is found.
     """
-    resampled = torchaudio.functional.resample(torch.from_numpy(waveform), rate, RATE).clamp(-1, 1)
-    decoder = recogniser()
-    # It adapts to what it hears: each recording starts from the same state.
-    decoder.reinit_feat()
-    decoder.start_utt()
-    decoder.process_raw((resampled * 32767).short().numpy().tobytes(), full_utt=True)
-    decoder.end_utt()
-    found = decoder.hyp()
-    return normalise(found.hypstr) if found else ""
+    resampled = torchaudio.functional.resample(torch.from_numpy(waveform), rate, RATE)
+    return normalise(recogniser()(resampled.numpy()))
 
 
 def error_rates(texts: Sequence[str], heard: Sequence[str]) -> dict[str, float]:

@@ -1,15 +1,17 @@
-"""Builds the training data of the nano model: rows of the original's schema from the corpus, the speech and the codec.
+"""Builds the training data of the nano model: rows of the original's schema from corpus, speech, pictures and codec.
 
-    python training_scripts/nano/build_data.py WORK
+    python training_scripts/nano/build_data.py WORK text       (the language model's, seconds)
+    python training_scripts/nano/build_data.py WORK speech     (everybody else's, minutes)
 
-WORK/data gets
+WORK/text gets text_train.parquet and text_eval.parquet, conversations without sound. WORK/data gets, for each split,
 
-    text_train.parquet, text_eval.parquet    conversations without sound
-    t2a_train.parquet, t2a_eval.parquet      written questions, spoken answers
-    a2a_train.parquet, a2a_eval.parquet      spoken questions, spoken answers
-    voices.safetensors                       the voices: codes of a recording, and an embedding
+    t2a_train.parquet       written questions, spoken answers
+    a2a_train.parquet       spoken questions, spoken answers
+    i2t_train.parquet       written questions about pictures, spoken answers
+    voices.safetensors      the voices: codes of a recording, and an embedding
 
-An answer is spoken in one of the voices that have recorded it, chosen by a hash of the conversation.
+An answer is spoken in one of the voices that have recorded it, chosen by a hash of the conversation; a question about
+a scene is put with one of its pictures.
 """
 
 import json
@@ -70,20 +72,14 @@ def choose(conversation: dict, options: Sequence[Any]) -> Any:
     return options[zlib.crc32(f"{conversation['id']}".encode()) % len(options)]
 
 
-def make_rows(
-    conversations: Iterable[dict],
-    codes: dict[tuple[str, str], np.ndarray],
-    voices: dict[str, dict],
-    questions: dict[str, list[Path]] | None,
-) -> list[dict]:
+def make_rows(conversations: Iterable[dict], codes: dict[tuple[str, str], np.ndarray], voices: dict) -> list[dict]:
     """
-    Rows with spoken answers.
+    Rows with spoken answers, each with its conversation as `conversation`.
 
     Args:
-        conversations (list of `dict`): Of the corpus.
+        conversations (list of `dict`): Of the corpus; those whose answer nobody has recorded are left out.
         codes (`dict`): Of the answers, by text and voice.
         voices (`dict`): See `make_voices`.
-        questions (`dict`, *optional*): Recordings by text; without, questions are written.
     """
     by_text = defaultdict(list)
     for text, voice in codes:
@@ -91,20 +87,37 @@ def make_rows(
             by_text[text].append(voice)
     rows = []
     for conversation in conversations:
-        question, answer = conversation["question"], conversation["answer"]
-        if not by_text[answer] or (questions is not None and question not in questions):
-            continue
-        voice = choose(conversation, sorted(by_text[answer]))
-        row = {
-            **text_row(conversation),
-            "answer_audios": [codes[answer, voice].T.reshape(-1).tolist()],
-            "ref_audios": voices[voice]["ref_codes"].T.reshape(-1).tolist(),
-            "spk_emb": voices[voice]["spk_emb"].tolist(),
-        }
-        if questions is not None:
-            row["question_audios"] = [choose(conversation, questions[question]).read_bytes()]
-        rows.append(row)
+        answer = conversation["answer"]
+        if by_text[answer]:
+            voice = choose(conversation, sorted(by_text[answer]))
+            row = {
+                "answer_audios": [codes[answer, voice].T.reshape(-1).tolist()],
+                "ref_audios": voices[voice]["ref_codes"].T.reshape(-1).tolist(),
+                "spk_emb": voices[voice]["spk_emb"].tolist(),
+            }
+            rows.append({"conversation": conversation, **text_row(conversation), **row})
     return rows
+
+
+def ask_aloud(rows: Iterable[dict], recorded: dict[str, list[Path]]) -> list[dict]:
+    """The rows whose question somebody has recorded, with the recording."""
+    found = []
+    for row in rows:
+        if recordings := recorded.get(row["conversation"]["question"]):
+            found.append({**row, "question_audios": [choose(row["conversation"], recordings).read_bytes()]})
+    return found
+
+
+def show_pictures(rows: Iterable[dict], pictures: Sequence[dict], folder: Path) -> list[dict]:
+    """The rows with a picture of their scene; `pictures` are lines of pictures.jsonl, whose files are in `folder`."""
+    by_scene = defaultdict(list)
+    for picture in pictures:
+        by_scene[json.dumps(picture["scene"])].append(folder / picture["path"])
+    found = []
+    for row in rows:
+        path = choose(row["conversation"], by_scene[json.dumps(row["conversation"]["scene"])])
+        found.append({**row, "image_bytes": [path.read_bytes()]})
+    return found
 
 
 def text_row(conversation: dict) -> dict:
@@ -128,33 +141,65 @@ def write(path: Path, rows: list[dict]) -> int:
     return len(rows)
 
 
+def read_conversations(work: Path) -> dict[str, list[dict]]:
+    """Those of the corpus, by split."""
+    rows = read_lines(work / "corpus" / "conversations.jsonl")
+    return {split: [row for row in rows if row["split"] == split] for split in ("train", "eval")}
+
+
+def build_text(work: Path, folder: Path) -> dict[str, int]:
+    """Conversations without scenes."""
+    figures = {}
+    for split, conversations in read_conversations(work).items():
+        rows = [text_row(row) for row in conversations if not row["scene"]]
+        figures[split] = write(folder / f"text_{split}.parquet", rows)
+    return figures
+
+
+def build_speech(work: Path, folder: Path) -> dict[str, int]:
+    """Encodes all answers and writes everything but the text."""
+    answers = read_lines(work / "speech" / "answers.jsonl")
+    recorded = defaultdict(list)
+    for row in read_lines(work / "speech" / "questions.jsonl"):
+        if row["voice"] in VOICES:
+            recorded[row["text"]].append(work / "speech" / row["path"])
+    codec: Any = MimiModel.from_pretrained(work / "codec" / "model", dtype=torch.float32)
+    codes = encode(codec, work / "speech", answers)
+    voices = make_voices(answers, codes, load_file(work / "speaker_encoder" / "voices.safetensors"))
+    save_voices(voices, folder / "voices.safetensors")
+    pictures = read_lines(work / "pictures" / "pictures.jsonl")
+    figures = {}
+    for split, conversations in read_conversations(work).items():
+        spoken = make_rows(conversations, codes, voices)
+        scenes = [row for row in spoken if row["conversation"]["scene"]]
+        t2a = [row for row in spoken if not row["conversation"]["scene"]]
+        drawn = [row for row in pictures if row["split"] == split]
+        for name, rows in {
+            "t2a": t2a,
+            "a2a": ask_aloud(t2a, recorded),
+            "i2t": show_pictures(scenes, drawn, work / "pictures"),
+        }.items():
+            figures[f"{name} {split}"] = write(folder / f"{name}_{split}.parquet", rows)
+    return figures
+
+
+PARTS = {
+    "text": ("text", build_text, ["corpus"]),
+    "speech": ("data", build_speech, ["corpus", "speech", "pictures", "codec", "speaker_encoder"]),
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Encodes all answers and writes the files."""
-    options = stage_arguments(__doc__).parse_args(arguments)
+    """Writes the files of one part."""
+    parser = stage_arguments(__doc__)
+    parser.add_argument("part", choices=PARTS)
+    options = parser.parse_args(arguments)
+    name, build, before = PARTS[options.part]
     work = options.work
-
-    def make(folder: Path) -> dict:
-        answers = read_lines(work / "speech" / "answers.jsonl")
-        recorded = defaultdict(list)
-        for row in read_lines(work / "speech" / "questions.jsonl"):
-            if row["voice"] in VOICES:
-                recorded[row["text"]].append(work / "speech" / row["path"])
-        codec: Any = MimiModel.from_pretrained(work / "codec" / "model", dtype=torch.float32)
-        codes = encode(codec, work / "speech", answers)
-        voices = make_voices(answers, codes, load_file(work / "speaker_encoder" / "voices.safetensors"))
-        save_voices(voices, folder / "voices.safetensors")
-        conversations = [row for row in read_lines(work / "corpus" / "conversations.jsonl") if not row["scene"]]
-        figures = {}
-        for split in ("train", "eval"):
-            chosen = [row for row in conversations if row["split"] == split]
-            figures[f"text {split}"] = write(folder / f"text_{split}.parquet", [text_row(row) for row in chosen])
-            for name, questions in (("t2a", None), ("a2a", recorded)):
-                rows = make_rows(chosen, codes, voices, questions)
-                figures[f"{name} {split}"] = write(folder / f"{name}_{split}.parquet", rows)
-        return figures
-
-    inputs = [work / name for name in ("corpus", "speech", "codec", "speaker_encoder")]
-    run_stage(work / "data", inputs, {"version": VERSION}, make)
+    kinds = ("text",) if options.part == "text" else ("t2a", "a2a", "i2t")
+    outputs = [f"{kind}_{split}.parquet" for kind in kinds for split in ("train", "eval")]
+    inputs = [work / stage for stage in before]
+    run_stage(work / name, inputs, {"version": VERSION}, lambda folder: build(work, folder), outputs)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,116 @@
-"""Makes the nano family from nothing: every stage of the recipe, one after another.
+"""Makes the nano family from nothing: every stage of the recipe.
 
     python training_scripts/nano/nano.py WORK            (hours on two cores)
     python training_scripts/nano/nano.py WORK --quick    (minutes: shows that the parts fit together, and no more)
 
 Each stage is a script of its own, which also runs alone, and has a folder in WORK with its figures and their plot; see
 `stages.py`. A finished stage is reused as long as nothing that it is made from has changed; one that was interrupted
-goes on. flite (Debian, Ubuntu: apt install flite) and `pip install pocketsphinx jiwer` are needed.
+goes on. Stages that do not need each other run at the same time, each on its share of the cores; what they say is in
+WORK/logs. flite (Debian, Ubuntu: apt install flite) and `pip install -e ".[train,evaluation]"` are needed.
 """
 
+import os
+import subprocess
 import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import make_corpus
-import make_speech
-import train_codec
 from stages import stage_arguments
 
-STAGES = (make_corpus, make_speech, train_codec)
+LANES = 2
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One process.
+
+    Args:
+        script (`str`): A script of this folder, without `.py`.
+        needs (tuple of `str`): Names of the steps before it.
+        arguments (tuple of `str`): Its own, after WORK.
+        alone (`bool`): Whether nothing else can run beside it, so that it gets all cores.
+    """
+
+    script: str
+    needs: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    alone: bool = False
+
+
+# In the order in which they are begun where there is a choice: what others wait for comes first.
+STEPS = {
+    "corpus": Step("make_corpus", alone=True),
+    "speech": Step("make_speech", ("corpus",), alone=True),
+    "tokenizer": Step("make_tokenizer", ("corpus",)),
+    "codec encoder": Step("train_codec", ("speech",), ("--only", "encoder")),
+    "model": Step("assemble_model", ("tokenizer",)),
+    "text": Step("build_data", ("corpus",), ("text",)),
+    "lm": Step("train_model", ("model", "text"), ("lm",)),
+    "speech_encoder": Step("train_speech_encoder", ("speech", "tokenizer")),
+    "codec": Step("train_codec", ("codec encoder",)),
+    "pictures": Step("draw_pictures", ("corpus",)),
+    "speaker_encoder": Step("train_speaker_encoder", ("speech",)),
+    "vision_encoder": Step("train_vision_encoder", ("pictures",)),
+    "data": Step("build_data", ("codec", "speaker_encoder", "pictures"), ("speech",)),
+    "t2a": Step("train_model", ("lm", "data"), ("t2a",), alone=True),
+    "a2a_projector": Step("train_model", ("t2a", "speech_encoder"), ("a2a_projector",), alone=True),
+    "a2a": Step("train_model", ("a2a_projector",), ("a2a",), alone=True),
+    "i2t_projector": Step("train_model", ("a2a", "vision_encoder"), ("i2t_projector",), alone=True),
+    "i2t": Step("train_model", ("i2t_projector",), ("i2t",), alone=True),
+    "nano": Step("finish_model", ("i2t",), alone=True),
+}
+
+
+def start(name: str, work: Path, quick: bool) -> subprocess.Popen:
+    """Begins a step, with its share of the cores."""
+    step = STEPS[name]
+    cores = os.cpu_count() or 1
+    threads = cores if step.alone else max(1, cores // LANES)
+    script = Path(__file__).with_name(f"{step.script}.py")
+    command = [sys.executable, str(script), str(work), *step.arguments, *(["--quick"] if quick else [])]
+    logs = work / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / f"{name.replace(' ', '_')}.log").open("a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+        )
+
+
+def run(work: Path, quick: bool) -> None:
+    """
+    Runs all steps.
+
+    Raises:
+        SystemExit: A step failed; those that run beside it are stopped, and go on the next time.
+    """
+    waiting, running, done = list(STEPS), {}, set()
+    while waiting or running:
+        for name in [name for name in waiting if done.issuperset(STEPS[name].needs)]:
+            if len(running) < LANES and not (STEPS[name].alone and running):
+                sys.stderr.write(f"{time.strftime('%H:%M:%S')} {name}\n")
+                running[name] = start(name, work, quick)
+                waiting.remove(name)
+                if STEPS[name].alone:
+                    break
+        time.sleep(POLL_SECONDS)
+        for name, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[name]
+            if process.returncode:
+                for other in running.values():
+                    other.terminate()
+                raise SystemExit(f"{name} failed: see {work / 'logs' / name.replace(' ', '_')}.log")
+            done.add(name)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the stages."""
+    """Runs the recipe."""
     options = stage_arguments(__doc__).parse_args(arguments)
-    for stage in STAGES:
-        stage.main([str(options.work), *(["--quick"] if options.quick else [])])
+    run(options.work, options.quick)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from stages import run_stage, stage_arguments
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from minimind_o_hf.data import (
@@ -32,16 +38,28 @@ MAX_LENGTH = 192  # positions: a question of 40, an answer of 6 s
 
 # A prompt of this model always holds an empty think block before the answer: training shows it as generation will.
 AS_GENERATED = replace(
-    SampleSettings(), max_length=MAX_LENGTH, drop_empty_think=0.0, system_prompt=0.05, augmentation=None
+    SampleSettings(),
+    max_length=MAX_LENGTH,
+    drop_empty_think=0.0,
+    system_prompt=0.05,
+    speech_only=0.7,
+    text_only=0.1,
+    speech_then_text=0.1,
+    text_then_speech=0.1,
+    swap_text=0.0,  # a word that is not the one spoken teaches the Talker nothing
+    augmentation=None,
 )
 
 
-class TextCollator(MiniMindODataCollator):
-    """Batches of text alone: the Talker has nothing to learn of them, and need not run."""
+SOUND = ("audio_codes", "audio_labels")
+
+
+class SilentCollator(MiniMindODataCollator):
+    """Batches without the answers' sound: the Talker has nothing to learn of them, and need not run."""
 
     def __call__(self, samples):
         batch = super().__call__(samples)
-        return {name: value for name, value in batch.items() if not name.startswith("audio_")} | {"run_talker": False}
+        return {name: value for name, value in batch.items() if name not in SOUND} | {"run_talker": False}
 
 
 @dataclass(frozen=True)
@@ -51,12 +69,14 @@ class Stage:
 
     Args:
         before (`str`): The stage it starts from.
-        data (tuple of `str`): Files of WORK/data, without `_train.parquet`; the first is evaluated on.
+        data (tuple of `str`): Files of WORK/text or WORK/data, without `_train.parquet`; the first is evaluated on.
         mode (`str`): What is trained, see [`MiniMindOTrainingArguments`].
         steps (`int`), batch (`int`), rate (`float`): Optimiser steps, rows a step, learning rate.
         talker_rate (`float`, *optional*): The Talker's.
-        swap (`float`): Scheduled sampling.
+        swap (`float`): Scheduled sampling of codes.
         augment (`bool`): Whether input speech is augmented.
+        silent (`bool`): Whether the answers' sound is left out: the Talker does not run.
+        encoder (`str`, *optional*): A trained encoder's stage: until this one, the model's own was random.
     """
 
     before: str
@@ -66,34 +86,67 @@ class Stage:
     batch: int
     rate: float
     talker_rate: float | None = None
-    swap: float = 0.02
+    swap: float = 0.05
     augment: bool = False
+    silent: bool = False
+    encoder: str | None = None
+
+    def inputs(self, work: Path) -> list[Path]:
+        """Folders of the stages that it reads: first the model's, then the data's."""
+        folders = [self.before, *sorted({"text" if name == "text" else "data" for name in self.data})]
+        return [work / name for name in (*folders, self.encoder) if name]
+
+    def files(self, work: Path, split: str) -> list[str]:
+        """Of its data; of the first alone for evaluation."""
+        names = self.data if split == "train" else self.data[:1]
+        return [str(work / ("text" if name == "text" else "data") / f"{name}_{split}.parquet") for name in names]
 
 
 STAGES = {
-    "lm": Stage("model", ("text",), "thinker", 2500, 32, 2e-3, swap=0.0),
-    "t2a": Stage("lm", ("t2a",), "all", 10000, 32, 5e-4, talker_rate=2e-3),
-    "a2a_projector": Stage("t2a", ("a2a",), "audio_proj", 400, 24, 2e-3, augment=True),
-    "a2a": Stage("a2a_projector", ("a2a", "t2a"), "all", 3000, 24, 5e-4, augment=True),
-    "i2t_projector": Stage("a2a", ("i2t",), "vision_proj", 400, 24, 2e-3),
-    "i2t": Stage("i2t_projector", ("i2t", "a2a", "t2a"), "all", 3000, 24, 5e-4, augment=True),
+    "lm": Stage("model", ("text",), "thinker", 1300, 32, 2e-3, swap=0.0, silent=True),
+    "t2a": Stage("lm", ("t2a",), "all", 5000, 32, 1e-3, talker_rate=2e-3),
+    "a2a_projector": Stage(
+        "t2a", ("a2a",), "audio_proj", 300, 24, 3e-3, swap=0.0, augment=True, silent=True, encoder="speech_encoder"
+    ),
+    "a2a": Stage("a2a_projector", ("a2a", "t2a"), "all", 2000, 32, 7e-4, talker_rate=1e-3, augment=True),
+    "i2t_projector": Stage(
+        "a2a", ("i2t",), "vision_proj", 200, 24, 3e-3, swap=0.0, silent=True, encoder="vision_encoder"
+    ),
+    "i2t": Stage("i2t_projector", ("i2t", "a2a", "t2a"), "all", 3000, 32, 7e-4, talker_rate=1e-3, augment=True),
 }
 
 
-def train(stage: Stage, before: Path, data: Path, folder: Path, quick: bool) -> dict[str, Any]:
+def put_encoder(folder: Path, model: Any, processor: Any) -> None:
+    """Puts a trained encoder, and what prepares its inputs, in the place of the random one."""
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    if folder.parent.name == "speech_encoder":
+        processor.feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
+        tower = model.audio_tower
+    else:
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder)
+        tower = model.vision_tower
+    tower.load_state_dict(encoder.state_dict())
+
+
+def train(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, Any]:
     """Trains a stage and saves a checkpoint in `folder`; returns the held-out figures."""
-    model = AutoModelForMultimodalLM.from_pretrained(before, dtype=torch.float32)
+    before = work / stage.before / "model"
+    # On CPUs, eager attention's backward takes a tenth of the time of PyTorch's fused one at these lengths.
+    attention = None if torch.cuda.is_available() else "eager"
+    model: Any = AutoModelForMultimodalLM.from_pretrained(before, dtype=torch.float32, attn_implementation=attention)
     processor = AutoProcessor.from_pretrained(before)
+    if stage.encoder:
+        put_encoder(work / stage.encoder / "model", model, processor)
     settings = replace(
         AS_GENERATED,
         swap_codes=stage.swap,
-        swap_text=stage.swap,
         augmentation=SpeechAugmentation() if stage.augment else None,
     )
-    files = [str(data / f"{name}_train.parquet") for name in stage.data]
-    train_set = MiniMindODataset(files, processor, model.config, settings, 0)
-    unchanged = replace(SampleSettings.deterministic(MAX_LENGTH), drop_empty_think=0.0)
-    held_out = MiniMindODataset([str(data / f"{stage.data[0]}_eval.parquet")], processor, model.config, unchanged, 0)
+    train_set = MiniMindODataset(stage.files(work, "train"), processor, model.config, settings, 0)
+    unchanged = replace(
+        SampleSettings.deterministic(MAX_LENGTH), drop_empty_think=0.0, speech_only=1.0, speech_then_text=0.0
+    )
+    held_out = MiniMindODataset(stage.files(work, "eval"), processor, model.config, unchanged, 0)
     steps = 3 if quick else stage.steps
     arguments = MiniMindOTrainingArguments(
         output_dir=str(folder / "run"),
@@ -104,7 +157,7 @@ def train(stage: Stage, before: Path, data: Path, folder: Path, quick: bool) -> 
         per_device_train_batch_size=stage.batch,
         per_device_eval_batch_size=64,
         eval_strategy="steps",
-        eval_steps=500,
+        eval_steps=1000,
         save_steps=500,
         save_total_limit=1,
         logging_steps=50,
@@ -113,10 +166,10 @@ def train(stage: Stage, before: Path, data: Path, folder: Path, quick: bool) -> 
         bf16=True,
         report_to="none",
         disable_tqdm=True,
-        label_names=["labels"] if stage.mode == "thinker" else ["labels", "audio_labels"],
+        label_names=["labels"] if stage.silent else ["labels", "audio_labels"],
     )
     masking = FeatureMasking() if stage.augment else None
-    collator_class = TextCollator if stage.mode == "thinker" else MiniMindODataCollator
+    collator_class = SilentCollator if stage.silent else MiniMindODataCollator
     collator = collator_class(processor, model.config, feature_masking=masking)
     trainer = MiniMindOTrainer(
         model, arguments, train_dataset=train_set, eval_dataset=held_out, data_collator=collator
@@ -128,9 +181,7 @@ def train(stage: Stage, before: Path, data: Path, folder: Path, quick: bool) -> 
     processor.save_pretrained(folder / "model")
     trainer.save_state()
     (folder / "history.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
-    write_training_report(
-        trainer, folder / "model", {"base model": before.parent.name, "training data": list(stage.data)}
-    )
+    write_training_report(trainer, folder / "model", {"base model": stage.before, "training data": list(stage.data)})
     return {name: value for name, value in figures.items() if isinstance(value, float)}
 
 
@@ -142,10 +193,10 @@ def main(arguments: list[str] | None = None) -> None:
     stage, work = STAGES[options.stage], options.work
 
     def make(folder: Path) -> dict:
-        return train(stage, work / stage.before / "model", work / "data", folder, options.quick)
+        return train(stage, work, folder, options.quick)
 
     settings = {"version": VERSION, "quick": options.quick, **asdict(stage)}
-    run_stage(work / options.stage, [work / stage.before, work / "data"], settings, make)
+    run_stage(work / options.stage, stage.inputs(work), settings, make)
 
 
 if __name__ == "__main__":

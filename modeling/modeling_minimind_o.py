@@ -494,20 +494,30 @@ def _check_integers(name: str, tensor: torch.Tensor, shape: tuple[int | None, ..
         raise ValueError(f"`{name}` must have the shape {wanted}, got {tuple(tensor.shape)}.")
 
 
+_LABELLED_STEP = 128
+
+
 def _at_labels(hidden_states: torch.Tensor, labels: torch.LongTensor) -> tuple[torch.Tensor, torch.LongTensor]:
     """
     The positions whose next one is labelled, in any codebook, as one row: hidden states `(1, num_labelled, width)` and
     targets `(1, num_labelled)` or `(1, num_codebooks, num_labelled)`. The heads have more columns than the layers have
     parameters a position, and most positions have no label.
+
+    `num_labelled` is rounded up with targets of -100, to few different sizes: a matrix product of a size that it has
+    not had yet is compiled first on a CPU, which took as long as the training step itself.
     """
     targets = labels[..., 1:].to(hidden_states.device)
     is_labelled = targets != -100
     if is_labelled.dim() == 3:
         is_labelled = is_labelled.any(dim=1)
-    selected = hidden_states[:, :-1][is_labelled].unsqueeze(0)
-    if targets.dim() == 3:
-        return selected, targets.transpose(1, 2)[is_labelled].T.unsqueeze(0)
-    return selected, targets[is_labelled].unsqueeze(0)
+    selected = hidden_states[:, :-1][is_labelled]
+    found = targets.transpose(1, 2)[is_labelled].T if targets.dim() == 3 else targets[is_labelled]
+    missing = -len(selected) % _LABELLED_STEP
+    selected, found = (
+        nn.functional.pad(selected, (0, 0, 0, missing)),
+        nn.functional.pad(found, (0, missing), value=-100),
+    )
+    return selected.unsqueeze(0), found.unsqueeze(0)
 
 
 @torch.no_grad()
@@ -522,9 +532,9 @@ def _predictions(scores: torch.Tensor, labels: torch.LongTensor) -> torch.LongTe
         is_labelled = targets != -100
         if is_labelled.dim() == 3:
             positions = is_labelled.any(dim=1).nonzero(as_tuple=True)
-            predictions[positions[0], :, positions[1] + 1] = best[0].T
+            predictions[positions[0], :, positions[1] + 1] = best[0].T[: len(positions[0])]
         else:
-            predictions[:, 1:][is_labelled] = best[0]
+            predictions[:, 1:][is_labelled] = best[0][: int(is_labelled.sum())]
     return predictions.masked_fill(labels.to(best.device) == -100, -100)
 
 

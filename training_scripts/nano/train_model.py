@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optimizers import MuonTrainer
 from stages import run_stage, stage_arguments
 from transformers import (
     AutoFeatureExtractor,
@@ -30,7 +31,7 @@ from minimind_o_hf.data import (
     SampleSettings,
     SpeechAugmentation,
 )
-from minimind_o_hf.trainer import MiniMindOTrainer, MiniMindOTrainingArguments
+from minimind_o_hf.trainer import MiniMindOTrainingArguments
 from minimind_o_hf.training_report import write_training_report
 
 VERSION = 1
@@ -104,7 +105,7 @@ class Stage:
 
 STAGES = {
     "lm": Stage("model", ("text",), "thinker", 1300, 32, 2e-3, swap=0.0, silent=True),
-    "t2a": Stage("lm", ("t2a",), "all", 5000, 32, 1e-3, talker_rate=2e-3),
+    "t2a": Stage("lm", ("t2a",), "all", 3000, 32, 1e-3, talker_rate=3e-3),
     "a2a_projector": Stage(
         "t2a", ("a2a",), "audio_proj", 300, 24, 3e-3, swap=0.0, augment=True, silent=True, encoder="speech_encoder"
     ),
@@ -170,10 +171,9 @@ def train(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, Any]
     )
     masking = FeatureMasking() if stage.augment else None
     collator_class = SilentCollator if stage.silent else MiniMindODataCollator
-    collator = collator_class(processor, model.config, feature_masking=masking)
-    trainer = MiniMindOTrainer(
-        model, arguments, train_dataset=train_set, eval_dataset=held_out, data_collator=collator
-    )
+    # Few different lengths: the CPU's kernels are compiled for each.
+    collator = collator_class(processor, model.config, feature_masking=masking, pad_to_multiple_of=8)
+    trainer = MuonTrainer(model, arguments, train_dataset=train_set, eval_dataset=held_out, data_collator=collator)
     run = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
     figures = trainer.evaluate()

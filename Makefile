@@ -16,13 +16,13 @@ LINTED := $(VENV)/.quality-installed
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow style quality bench clean
+.PHONY: help demo test slow style quality bench nano clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed  ## ask a spoken question; the answer is printed as it is generated, and spoken in reply.wav
-	HF_HUB_OFFLINE=1 $(BIN)/minimind-o chat --audio tests/data/espeak_why_is_the_sky_blue.flac --max-new-tokens 150 --out reply.wav
+demo: $(VENV)/.installed  ## ask nano a question; the answer is printed as it is generated, and spoken in reply.wav
+	HF_HUB_OFFLINE=1 $(BIN)/minimind-o chat --text "Where does a pig live?" --out reply.wav
 
 test: $(VENV)/.test-installed  ## run the tests, but for the slow ones
 	$(PYTEST) -n $(WORKERS) $(ARGS)
@@ -44,6 +44,10 @@ quality: $(LINTED)  ## check style, format and types, changing nothing
 
 bench: $(VENV)/.installed  ## measure generation at the released size
 	$(BIN)/python benchmarks/generation.py $(ARGS)
+
+nano: $(VENV)/.test-installed  ## train the nano model from nothing in work/nano (hours; ARGS=--quick: a smoke run in work/nano-quick); needs flite
+	@command -v flite > /dev/null || { echo "No flite found. On Debian and Ubuntu: apt install flite" >&2; exit 1; }
+	$(BIN)/python training_scripts/nano/nano.py work/nano$(findstring -quick,$(ARGS)) $(ARGS)
 
 clean:  ## remove what was built and cached; the environment stays (rm -rf .venv)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .coverage reply*.wav

@@ -55,7 +55,7 @@ setup(
         "minimind_o_hf.modeling",
         "minimind_o_hf.processing",
     ],
-    package_data={"minimind_o_hf.evaluation": ["suites/*.json", "tables/*.yaml"]},
+    package_data={"minimind_o_hf": ["nano/**/*"], "minimind_o_hf.evaluation": ["suites/*.json", "tables/*.yaml"]},
     package_dir={"minimind_o_hf.modeling": "modeling", "minimind_o_hf.processing": "processing"},
     install_requires=[
         "transformers>=5.23,<6",

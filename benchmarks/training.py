@@ -36,7 +36,8 @@ from minimind_o_hf.data import (
     SpeechAugmentation,
     cache_features,
 )
-from minimind_o_hf.presets import TOKENIZER_TEXT, default_checkpoint
+from minimind_o_hf.packaged import default_checkpoint
+from minimind_o_hf.presets import TOKENIZER_TEXT
 
 MAX_LENGTH = 512
 BATCH_SIZE = 4

@@ -32,6 +32,7 @@ from .modeling import (  # noqa: E402
     place_voice,
     revert_delay_pattern,
 )
+from .packaged import default_checkpoint  # noqa: E402
 from .processing import (  # noqa: E402
     CamPlusPlusFeatureExtractor,
     MiniMindOAnswer,
@@ -71,6 +72,7 @@ __all__ = [
     "Voice",
     "VoiceLibrary",
     "apply_delay_pattern",
+    "default_checkpoint",
     "load_audio",
     "place_voice",
     "read_mark",

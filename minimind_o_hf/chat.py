@@ -14,7 +14,7 @@ from transformers.utils.import_utils import is_peft_available
 
 from .conversation import MAX_POSITIONS, Conversation
 from .modeling import MiniMindOForConditionalGeneration
-from .presets import default_checkpoint
+from .packaged import default_checkpoint, introduce_nano
 from .processing import MiniMindOProcessor
 from .voices import VoiceLibrary
 from .watermark import Watermark
@@ -33,7 +33,7 @@ def shown(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `minimind-o chat`."""
-    parser.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: an untrained nano)")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: nano, a toy)")
     parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter trained on the model: directory or Hub id")
     parser.add_argument("--text", metavar="T", help="what to say; with --audio or --image, said along with them")
     parser.add_argument(
@@ -67,13 +67,13 @@ def load(
     Loads a checkpoint's model and processor.
 
     Args:
-        model_id (`str`, *optional*): Directory or Hub id; the untrained nano of the cache directory by default.
+        model_id (`str`, *optional*): Directory or Hub id; the package's nano by default.
         device (`str`), dtype (`str`, *optional*): Where and in which precision the model runs.
         adapter (`str`, *optional*): An adapter to merge into the model; needs PEFT.
     """
     if model_id is None:
         print(
-            "No --model given: using an untrained nano model. Its answers are noise, in text and in sound.",
+            f"No --model given: using {introduce_nano()}",
             file=sys.stderr,
         )
         model_id = str(default_checkpoint())

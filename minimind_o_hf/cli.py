@@ -120,7 +120,7 @@ def _add_data(commands: Any) -> None:
     show.add_argument("--out", type=Path, metavar="DIR", help="default: FILE's name and N")
     show.add_argument("--seed", type=int, metavar="S", help="make training's random choices, with this seed")
     for action in (build, check, show):
-        action.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: untrained nano)")
+        action.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: nano, a toy)")
         action.add_argument(
             "--max-length", type=int, default=512, metavar="N", help="longest sequence in training (default: 512)"
         )
@@ -143,8 +143,14 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--table", metavar="T", help="YAML file that names checkpoints, or one of the package's")
     evaluate.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
     evaluate.add_argument("--asr", default="pocketsphinx", metavar="P", help="or directory or Hub id (Whisper, ...)")
-    evaluate.add_argument("--speaker-encoder", metavar="P", help="CAM++: directory or Hub id; compares voices")
-    evaluate.add_argument("--voices", type=Path, metavar="FILE", help="voices that the model was not trained with")
+    evaluate.add_argument(
+        "--speaker-encoder",
+        metavar="P",
+        help="CAM++: directory or Hub id (default: the checkpoint's own)",
+    )
+    evaluate.add_argument(
+        "--voices", type=Path, metavar="FILE", help="voices it was not trained with (default: its own)"
+    )
     evaluate.add_argument("--recordings", type=Path, metavar="DIR", help="real recordings of voices, VOICE/*.wav")
     evaluate.add_argument("--data", type=Path, metavar="PARQUET", help="for perplexity and codebook accuracy")
     evaluate.add_argument("--only", metavar="LIST", help="of typed,spoken,picture (default: all)")
@@ -161,9 +167,9 @@ def _run_data(options: argparse.Namespace) -> None:
 
     model = options.model
     if model is None:
-        from .presets import default_checkpoint
+        from .packaged import default_checkpoint
 
-        print("No --model given: using the tokenizer, codec and sizes of an untrained nano model.", file=sys.stderr)
+        print("No --model given: using the tokenizer, codec and sizes of nano, a toy.", file=sys.stderr)
         model = str(default_checkpoint())
     config: Any = MiniMindOConfig.from_pretrained(model)
     processor = MiniMindOProcessor.from_pretrained(model, load_audio_tokenizer=options.action != "check")

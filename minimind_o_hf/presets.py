@@ -1,8 +1,5 @@
 """Untrained checkpoints, complete and loadable: `nano` (a toy family), `dense` and `moe` (the released sizes)."""
 
-import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -297,25 +294,4 @@ def init_checkpoint(
     return target
 
 
-def default_checkpoint() -> Path:
-    """The checkpoint used where none is named: an untrained `nano`, made on first use in the cache directory.
-
-    The cache is `$MINIMIND_O_CACHE`, or else `~/.cache/minimind_o_hf`. The directory's name carries the package's
-    version and a hash of this file, so that a changed preset is made anew. Processes that make it at the same time end
-    up with the same one.
-
-    Returns:
-        `Path`: the directory.
-    """
-    cache = Path(os.environ.get("MINIMIND_O_CACHE") or Path.home() / ".cache" / "minimind_o_hf").expanduser()
-    version = importlib.metadata.version("minimind_o_hf")
-    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    directory = cache / f"nano-{version}-{digest}"
-    if not directory.is_dir():
-        # Another process may be faster. A directory appears under its name only when it is complete.
-        with contextlib.suppress(FileExistsError):
-            init_checkpoint("nano", directory)
-    return directory
-
-
-__all__ = ["PRESETS", "build_tokenizer", "default_checkpoint", "init_checkpoint"]
+__all__ = ["PRESETS", "build_tokenizer", "init_checkpoint"]

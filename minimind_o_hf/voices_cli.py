@@ -24,7 +24,11 @@ def add_arguments(commands: Any) -> None:
     clone.add_argument("audio", metavar="FILE", help="WAV, FLAC, OGG or MP3")
     clone.add_argument("name", metavar="NAME")
     clone.add_argument("--consent", metavar="S", help="who the speaker is, and that they agree (required)")
-    clone.add_argument("--speaker-encoder", metavar="P", help="CAM++: directory or Hub id; makes the embedding")
+    clone.add_argument(
+        "--speaker-encoder",
+        metavar="P",
+        help="CAM++: directory or Hub id (default: the checkpoint's own)",
+    )
     clone.add_argument("--speed", type=float, default=1.5, metavar="X", help="1 leaves it as it is (default: 1.5)")
     clone.add_argument("--description", default="", metavar="S", help="what it sounds like")
     clone.add_argument("--licence", default="", metavar="S", help="under which it may be used")
@@ -67,7 +71,7 @@ def add_arguments(commands: Any) -> None:
     for action in (clone, imported, export):
         action.add_argument("--overwrite", action="store_true", help="replace what has the name")
     for action in (clone, play):
-        action.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: untrained nano)")
+        action.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: nano, a toy)")
     for action in (listed, clone, imported, export, remove, rename, play, blend):
         action.add_argument("--library", metavar="FILE", help="the library's file (default: your own)")
 
@@ -80,7 +84,7 @@ def add_arguments(commands: Any) -> None:
     say.add_argument("--watermark", action="store_true", help="put an inaudible watermark into the speech")
     say.add_argument("--language", default="en", help="of the prompt, en or zh (default: %(default)s)")
     say.add_argument("--prompt", metavar="P", help="what asks for the text, with a field {text}")
-    say.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: an untrained nano)")
+    say.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: nano, a toy)")
     say.add_argument("--adapter", metavar="DIR", help="LoRA adapter trained on the model: directory or Hub id")
     say.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     say.add_argument("--seed", type=int, metavar="N", help="make the speech reproducible")
@@ -110,9 +114,9 @@ def _processor(options: argparse.Namespace):
 
     model = options.model
     if model is None:
-        from .presets import default_checkpoint
+        from .packaged import default_checkpoint
 
-        print("No --model given: using the codec of an untrained nano model, which is noise.", file=sys.stderr)
+        print("No --model given: using the codec of nano, a toy.", file=sys.stderr)
         model = str(default_checkpoint())
     processor = MiniMindOProcessor.from_pretrained(model)
     if processor.audio_tokenizer is None:
@@ -136,6 +140,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _clone(options: argparse.Namespace) -> None:
+    from .packaged import speaker_encoder_of
     from .processing.voices_minimind_o import check_voice_name
     from .voices import Voice
 
@@ -146,7 +151,7 @@ def _clone(options: argparse.Namespace) -> None:
         options.audio,
         options.consent,
         processor=_processor(options),
-        speaker_encoder=options.speaker_encoder,
+        speaker_encoder=options.speaker_encoder or speaker_encoder_of(options.model),
         speed=options.speed,
         name=options.name,
         language=options.language,

@@ -521,14 +521,17 @@ def _at_labels(hidden_states: torch.Tensor, labels: torch.LongTensor) -> tuple[t
 
 
 @torch.no_grad()
-def _predictions(scores: torch.Tensor, labels: torch.LongTensor) -> torch.LongTensor:
-    """The best of the scores that the losses are made of, laid out as the labels, -100 where there is none."""
+def _predictions(scores: torch.Tensor, labels: torch.LongTensor, at_labels: bool) -> torch.LongTensor:
+    """
+    The best of the scores that the losses are made of, laid out as the labels, -100 where there is none. `at_labels`
+    says that the scores are of the positions that `_at_labels` selects.
+    """
     best = scores.argmax(dim=-1)
     targets = labels[..., 1:].to(best.device)
     predictions = torch.full_like(labels, -100, device=best.device)
-    if best.shape == targets.shape:
+    if not at_labels:
         predictions[..., 1:] = best
-    else:  # one row of the positions that `_at_labels` selects
+    else:
         is_labelled = targets != -100
         if is_labelled.dim() == 3:
             positions = is_labelled.any(dim=1).nonzero(as_tuple=True)
@@ -1084,7 +1087,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 scores, targets = logits[:, :-1], labels[:, 1:].to(logits.device)
             text_loss = _text_loss(scores, targets, num_items_in_batch)
             if return_predictions:
-                predictions = _predictions(scores, labels)
+                predictions = _predictions(scores, labels, skip_logits)
         if audio_labels is not None:
             self._check_codes(
                 "audio_labels", audio_labels, (batch_size, self.config.num_codebooks, length), ignored=-100
@@ -1103,7 +1106,7 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             )
             audio_loss = codebook_losses.mean()
             if return_predictions:
-                audio_predictions = _predictions(scores, audio_labels)
+                audio_predictions = _predictions(scores, audio_labels, skip_logits)
         if is_moe_training:
             aux_loss = self.config.router_aux_loss_coef * load_balancing_loss(
                 thinker.router_logits, self.config.num_experts_per_tok

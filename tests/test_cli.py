@@ -111,14 +111,11 @@ def test_voice_system_and_text_only(chat, nano):
     assert "tokens in" in err
 
 
-def test_default_model_is_untrained_and_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MINIMIND_O_CACHE", str(tmp_path / "cache"))
+def test_the_default_model_is_nano_and_says_what_it_is(tmp_path, capsys):
     reply = tmp_path / "reply.wav"
     assert main(["chat", "--text", "Hello", "--max-new-tokens", "4", "--out", str(reply)]) == 0
-    assert "untrained" in capsys.readouterr().err
+    assert "using nano, a toy that knows small talk" in capsys.readouterr().err
     assert reply.exists()
-    (made,) = (tmp_path / "cache").iterdir()
-    assert made.name.startswith("nano-")
 
 
 @pytest.mark.parametrize(

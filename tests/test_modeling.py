@@ -743,6 +743,22 @@ def test_heads_at_labelled_positions_alone_give_the_same_losses_and_gradients(mo
     assert model(**inputs, skip_logits=True).logits is None
 
 
+@pytest.mark.parametrize("length", [20, 129])
+def test_predictions_at_labelled_positions_are_those_of_all_positions(model, length):
+    """129: as many scores as there are positions to predict, with the positions rounded up that have a label."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(40, 320, (1, length), generator=generator)
+    codes = torch.randint(0, 32, (1, 8, length), generator=generator)
+    labels, audio_labels = torch.full_like(ids, -100), torch.full_like(codes, -100)
+    labels[:, 5:15], audio_labels[:, :, 7:18] = ids[:, 5:15], codes[:, :, 7:18]
+    inputs = {"input_ids": ids, "audio_codes": codes, "labels": labels, "audio_labels": audio_labels}
+    whole = model(**inputs, skip_logits=False, return_predictions=True)
+    part = model(**inputs, skip_logits=True, return_predictions=True)
+    assert (whole.predictions != -100).sum() == 10
+    assert torch.equal(part.predictions, whole.predictions)
+    assert torch.equal(part.audio_predictions, whole.audio_predictions)
+
+
 def test_bfloat16_is_finite(model):
     inputs = with_labels(make_inputs(*MIX))
     expected = model(**inputs)

@@ -1,5 +1,6 @@
 """The nano recipe: what its corpus holds, how recordings are trimmed, and the pieces of the codec's training."""
 
+import copy
 import importlib
 import json
 import re
@@ -7,19 +8,27 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from minimind_o_hf.modeling import MimiStreamingDecoder
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MimiModel
+from transformers import AutoModelForMultimodalLM, AutoProcessor, MimiModel
+
+from minimind_o_hf.trainer import MiniMindOTrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_scripts" / "nano"))
-stages, words, make_corpus, make_speech, train_codec, nano = (
+stages, words, make_corpus, make_speech, train_codec, build_data, train_model, optimizers, finish_model, nano = (
     importlib.import_module(name)
-    for name in ("stages", "corpus_words", "make_corpus", "make_speech", "train_codec", "nano")
+    for name in (
+        *("stages", "corpus_words", "make_corpus", "make_speech", "train_codec", "build_data", "train_model"),
+        *("optimizers", "finish_model", "nano"),
+    )
 )
 needs_flite = pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed")
 
@@ -493,13 +502,177 @@ def test_the_best_weights_are_kept(tmp_path, monkeypatch):
     assert network.weight.item() == seen[1] != seen[2]
 
 
+# The data and the stages of the model
+
+
+@pytest.fixture(scope="module")
+def conversation():
+    return {"id": 7, "question": "How many?", "answer": "Two.", "scene": [{"shape": "star"}], "split": "train"}
+
+
+@pytest.fixture(scope="module")
+def spoken_row(conversation):
+    codes = {("Two.", "slt"): np.arange(16).reshape(8, 2), ("Two.", "kal16"): np.zeros((8, 2), int)}
+    voice = {"ref_codes": torch.arange(24).view(8, 3), "spk_emb": torch.arange(4.0)}
+    silent = {**conversation, "answer": "Nobody has said this."}
+    (row,) = build_data.make_rows([conversation, silent], codes, {"slt": voice})
+    return row
+
+
+def test_answers_are_rows_of_codes_in_a_voice_that_has_said_them(spoken_row):
+    assert spoken_row["answer_audios"] == [[row * 2 + frame for frame in range(2) for row in range(8)]]
+    assert spoken_row["ref_audios"] == [row * 3 + frame for frame in range(3) for row in range(8)]
+    assert spoken_row["spk_emb"] == [0, 1, 2, 3]
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
+    assert json.loads(spoken_row["conversations"]) == turns
+
+
+def test_questions_are_asked_aloud_and_pictures_shown(spoken_row, conversation, tmp_path):
+    (tmp_path / "a").write_bytes(b"sound or picture")
+    (row,) = build_data.ask_aloud([spoken_row], {"How many?": [tmp_path / "a"]})
+    assert row["question_audios"] == [b"sound or picture"]
+    assert build_data.ask_aloud([spoken_row], {}) == []
+    pictures = [{"scene": conversation["scene"], "path": "a"}, {"scene": [], "path": "none"}]
+    (row,) = build_data.show_pictures([spoken_row], pictures, tmp_path)
+    assert row["image_bytes"] == [b"sound or picture"]
+    assert json.loads(row["conversations"])[0]["content"] == "<image>\nHow many?"
+
+
+def test_files_of_rows_hold_the_columns_of_the_schema_alone(spoken_row, tmp_path):
+    assert build_data.write(tmp_path / "rows.parquet", [spoken_row]) == 1
+    table = parquet.read_table(tmp_path / "rows.parquet")
+    assert table.column_names == ["conversations", "answer_audios", "ref_audios", "spk_emb"]
+
+
+def test_every_step_comes_after_what_it_needs():
+    names = list(nano.STEPS)
+    for place, (name, step) in enumerate(nano.STEPS.items()):
+        assert set(step.needs) <= set(names[:place]), name
+        assert (Path(nano.__file__).with_name(f"{step.script}.py")).is_file()
+    assert {step.arguments[0] for step in nano.STEPS.values() if step.script == "train_model"} == set(
+        train_model.STAGES
+    )
+
+
+def test_a_step_that_fails_ends_the_recipe_and_says_where_to_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(nano, "STEPS", {"text": nano.Step("build_data", (), ("text",))})
+    with pytest.raises(SystemExit, match="text failed: see .*text.log"):
+        nano.main([str(tmp_path)])
+    assert "Not finished yet: corpus" in (tmp_path / "logs" / "text.log").read_text()
+
+
+def test_steps_share_the_lanes_but_for_those_that_run_alone(tmp_path, monkeypatch):
+    steps = {
+        "a": nano.Step("x", alone=True),
+        "b": nano.Step("x"),
+        "c": nano.Step("x", ("a",)),
+        "d": nano.Step("x", ("a",)),
+        "e": nano.Step("x", ("a",)),
+        "f": nano.Step("x", ("c",), alone=True),
+    }
+    monkeypatch.setattr(nano, "STEPS", steps)
+    monkeypatch.setattr(nano, "start", lambda name, work, quick: name)
+    waiting, running = list(steps), {}
+    seen = []
+    for finished in ([], ["a"], ["b"], ["c", "d"], ["e"]):
+        for name in finished:
+            del running[name]
+        done = set(steps) - set(waiting) - set(running)
+        nano.begin(waiting, running, done, tmp_path, True)
+        seen.append(sorted(running))
+    assert seen == [["a"], ["b", "c"], ["c", "d"], ["e"], ["f"]]
+
+
+# Muon and AdamW
+
+
+@pytest.fixture
+def two_layers():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 6)]), "embed": nn.Embedding(5, 6)})
+
+
+def optimiser_of(network):
+    matrices = [layer.weight for layer in network["layers"]]
+    others = [network["embed"].weight, *(layer.bias for layer in network["layers"])]
+    groups = (
+        {"params": matrices, "lr": 0.02, "weight_decay": 0.0},
+        {"params": others, "lr": 0.01, "weight_decay": 0.0},
+    )
+    return optimizers.MuonAndAdamW([groups[0]], [groups[1]], (0.9, 0.98))
+
+
+def step_on(network, optimiser, steps):
+    for number in range(steps):
+        x = network["embed"](torch.tensor([number % 5, (number + 1) % 5]))
+        loss = network["layers"][1](network["layers"][0](x)).square().sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def test_both_optimisers_step_as_they_do_alone(two_layers):
+    twin = copy.deepcopy(two_layers)
+    optimiser = optimiser_of(two_layers)
+    step_on(two_layers, optimiser, 3)
+    muon = torch.optim.Muon(
+        [layer.weight for layer in twin["layers"]], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
+    others = [twin["embed"].weight, *(layer.bias for layer in twin["layers"])]
+    adamw = torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
+    both = SimpleNamespace(zero_grad=twin.zero_grad, step=lambda: (muon.step(), adamw.step()))
+    step_on(twin, both, 3)
+    for name, value in two_layers.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+
+
+def test_the_optimiser_goes_on_from_its_state_and_follows_a_schedule(two_layers):
+    optimiser = optimiser_of(two_layers)
+    step_on(two_layers, optimiser, 2)
+    twin = copy.deepcopy(two_layers)
+    other = optimiser_of(twin)
+    other.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    for both in (optimiser, other):
+        for group in both.param_groups:
+            group["lr"] *= 0.5
+    step_on(two_layers, optimiser, 2)
+    step_on(twin, other, 2)
+    for name, value in two_layers.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+    assert [group["lr"] for group in (*other.muon.param_groups, *other.adamw.param_groups)] == [0.01, 0.005]
+
+
+@pytest.mark.parametrize(("mode", "wanted"), [("all", "MuonAndAdamW"), ("audio_proj", "AdamW")])
+def test_layers_get_muon_and_a_projector_alone_adamw(mode, wanted, tiny_model, tmp_path):
+    arguments = MiniMindOTrainingArguments(output_dir=str(tmp_path), mode=mode, report_to=[], use_cpu=True)
+    trainer = optimizers.MuonTrainer(tiny_model(), arguments, train_dataset=[{}])
+    optimiser = trainer.create_optimizer()
+    assert type(optimiser).__name__ == wanted
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert sum(len(group["params"]) for group in optimiser.param_groups) == len(trained)
+
+
+def test_half_precision_changes_floating_point_weights_alone(tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.long)}, tmp_path / "model.safetensors")
+    finish_model.halve(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert (tensors["a"].dtype, tensors["b"].dtype) == (torch.float16, torch.long)
+
+
 @needs_flite
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_recipe_runs_quickly(tmp_path, capsys):
     nano.main([str(tmp_path), "--quick"])
     figures = stages.read_json(tmp_path / "codec" / "figures.json")
     assert set(figures["errors"]) == {"slt", "rms", "awb", "kal16", "repeat"}
-    assert MimiModel.from_pretrained(tmp_path / "codec" / "model").config.codebook_size == 512
-    capsys.readouterr()
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "nano" / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "nano" / "model")
+    for part, stage in ((model.audio_tower, "speech_encoder"), (model.vision_tower, "vision_encoder")):
+        trained = load_file(tmp_path / stage / "model" / "model.safetensors")
+        assert all(torch.equal(value, trained[name].float()) for name, value in part.state_dict().items())
+    assert sorted(processor.voices) == ["awb", "rms", "slt"]
+    assert processor.audio_tokenizer.config.codebook_size == 512
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/done.json")}
     nano.main([str(tmp_path), "--quick"])
-    assert capsys.readouterr().err.splitlines() == [f"{n}: unchanged, reused" for n in ("corpus", "speech", "codec")]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/done.json")} == times

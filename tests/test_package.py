@@ -63,6 +63,7 @@ PUBLIC_NAMES = [
     "Voice",
     "VoiceLibrary",
     "apply_delay_pattern",
+    "default_checkpoint",
     "load_audio",
     "place_voice",
     "read_mark",

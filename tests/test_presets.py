@@ -11,7 +11,7 @@ from minimind_o_hf.modeling import MiniMindOForConditionalGeneration
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 import minimind_o_hf  # noqa: F401  (registers the Auto classes)
-from minimind_o_hf.presets import PRESETS, _released_configs, build_tokenizer, default_checkpoint, init_checkpoint
+from minimind_o_hf.presets import PRESETS, _released_configs, build_tokenizer, init_checkpoint
 
 
 def _files(directory):
@@ -241,17 +241,3 @@ def test_a_failed_run_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         init_checkpoint("nano", tmp_path / "nano", dtype=torch.int8)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_default_checkpoint_is_made_once_by_any_number_of_processes(tmp_path, monkeypatch):
-    code = "import minimind_o_hf.presets as p; print(p.default_checkpoint())"
-    processes = [_run(code, MINIMIND_O_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1") for _ in range(2)]
-    found = {process.communicate()[0].strip() for process in processes}
-    assert [process.returncode for process in processes] == [0, 0]
-    monkeypatch.setenv("MINIMIND_O_CACHE", str(tmp_path / "cache"))
-    made = list((tmp_path / "cache").iterdir())
-    before = made[0].stat().st_mtime_ns
-    assert found == {str(default_checkpoint())} == {str(path) for path in made}
-    assert made[0].stat().st_mtime_ns == before
-    assert made[0].name.startswith("nano-0.")
-    assert AutoModelForMultimodalLM.from_pretrained(made[0]).config.hidden_size == 192

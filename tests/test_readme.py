@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
 
 from minimind_o_hf import read_mark
 from minimind_o_hf.cli import _parser
@@ -32,10 +31,11 @@ def test_leads_with_the_two_commands():
 
 
 def test_python_runs_as_written(tmp_path, monkeypatch, capsys):
-    init_checkpoint("nano", tmp_path / "nano")
-    recording = ROOT / "tests" / "data" / "espeak_why_is_the_sky_blue.flac"
-    (tmp_path / "question.flac").write_bytes(recording.read_bytes())
-    Image.new("RGB", (320, 200), "orange").save(tmp_path / "picture.jpg")
+    for name, source in (
+        ("question.flac", "flite_where_does_a_pig_live.flac"),
+        ("picture.png", "two_blue_circles.png"),
+    ):
+        (tmp_path / name).write_bytes((ROOT / "tests" / "data" / source).read_bytes())
     monkeypatch.chdir(tmp_path)
     snippets = blocks("python")
     assert len(snippets) == 8

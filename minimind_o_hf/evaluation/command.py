@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_o_hf.chat import load
+from minimind_o_hf.packaged import held_out_voices_of, speaker_encoder_of
 
 from .listening import load_recogniser
 from .reports import figure_table
@@ -52,8 +53,8 @@ def _ask(
     settings = EvaluationSettings(
         recogniser=recogniser,
         recogniser_name=options.asr,
-        speaker_encoder=options.speaker_encoder,
-        voices=options.voices,
+        speaker_encoder=options.speaker_encoder or speaker_encoder_of(source),
+        voices=options.voices or held_out_voices_of(source),
         recordings=options.recordings,
         data=options.data,
         asked=asked,

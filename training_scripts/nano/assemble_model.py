@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from minimind_o_hf.processing import MiniMindOFeatureExtractor
-from stages import run_stage, stage_arguments
+from stages import plot_counts, run_stage, stage_arguments
 from train_speech_encoder import encoder_config
 from train_vision_encoder import image_processor, vision_config
 from transformers import AutoTokenizer
@@ -82,7 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
     source = options.work / "tokenizer"
 
     def make(folder: Path) -> dict:
-        return {"parameters": save_untrained(folder / "model", AutoTokenizer.from_pretrained(source / "model"), 0)}
+        parameters = save_untrained(folder / "model", AutoTokenizer.from_pretrained(source / "model"), 0)
+        plot_counts(parameters, "parameters", folder / "figures.png")
+        return {"parameters": parameters}
 
     run_stage(options.work / "model", [source], {"version": VERSION, "seed": 0}, make, ["model/model.safetensors"])
 

@@ -29,11 +29,12 @@ from make_speech import VOICES
 from minimind_o_hf.processing.voices_minimind_o import save_voices
 from pyarrow import parquet
 from safetensors.torch import load_file
-from stages import read_lines, run_stage, stage_arguments
+from stages import plot_counts, read_lines, run_stage, stage_arguments
 from train_codec import read_waveform
 from transformers import MimiModel
 
 from minimind_o_hf.data.building import SCHEMA, encode_speech
+from minimind_o_hf.data.samples import IMAGE_MARK
 from minimind_o_hf.files import new_file
 
 VERSION = 1
@@ -115,8 +116,10 @@ def show_pictures(rows: Iterable[dict], pictures: Sequence[dict], folder: Path) 
         by_scene[json.dumps(picture["scene"])].append(folder / picture["path"])
     found = []
     for row in rows:
-        path = choose(row["conversation"], by_scene[json.dumps(row["conversation"]["scene"])])
-        found.append({**row, "image_bytes": [path.read_bytes()]})
+        conversation = row["conversation"]
+        path = choose(conversation, by_scene[json.dumps(conversation["scene"])])
+        shown = text_row({**conversation, "question": f"{IMAGE_MARK}\n{conversation['question']}"})
+        found.append({**row, **shown, "image_bytes": [path.read_bytes()]})
     return found
 
 
@@ -130,7 +133,9 @@ def text_row(conversation: dict) -> dict:
 
 
 def write(path: Path, rows: list[dict]) -> int:
-    """Writes a parquet file, in a mixed order; returns its number of rows."""
+    """Writes a parquet file, in a mixed order; returns its number of rows. None at all is an error."""
+    if not rows:
+        raise ValueError(f"There are no rows for {path.name}: no conversation has all recordings that it needs.")
     order = np.random.default_rng(0).permutation(len(rows))
     names = {name for row in rows for name in row}
     schema = pa.schema([column for column in SCHEMA if column.name in names])
@@ -199,7 +204,13 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = ("text",) if options.part == "text" else ("t2a", "a2a", "i2t")
     outputs = [f"{kind}_{split}.parquet" for kind in kinds for split in ("train", "eval")]
     inputs = [work / stage for stage in before]
-    run_stage(work / name, inputs, {"version": VERSION}, lambda folder: build(work, folder), outputs)
+
+    def make(folder: Path) -> dict:
+        figures = build(work, folder)
+        plot_counts(figures, "rows", folder / "figures.png")
+        return figures
+
+    run_stage(work / name, inputs, {"version": VERSION}, make, outputs)
 
 
 if __name__ == "__main__":

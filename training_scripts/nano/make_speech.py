@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,6 +135,14 @@ def in_all_voices(rows: Sequence[dict]) -> list[dict]:
     return [{**row, "voice": voice} for row in rows for voice in (*VOICES, HELD_OUT_VOICE)]
 
 
+def few(conversations: Sequence[dict]) -> list[dict]:
+    """Some of each split, with and without a scene: of a quick run, both question and answer of these are spoken."""
+    groups = defaultdict(list)
+    for row in conversations:
+        groups[row["split"], row["scene"] is None].append(row)
+    return [row for (split, _), rows in groups.items() for row in rows[: 32 if split == "train" else 6]]
+
+
 def speak_rows(rows: Sequence[dict], folder: Path, minutes: float) -> list[dict]:
     """Speaks rows one after another until the budget is used up; what is there already is kept."""
     done: list[dict] = []
@@ -196,6 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     def make(folder: Path) -> dict:
         conversations = read_lines(corpus / "conversations.jsonl")
+        if options.quick:
+            conversations = few(conversations)
         plans = {
             "answers": (plan_answers(conversations, settings["evaluated"]), settings["minutes"]),
             "questions": (plan_questions(conversations, settings["evaluated"]), settings["question minutes"]),

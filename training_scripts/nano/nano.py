@@ -10,6 +10,7 @@ WORK/logs. flite (Debian, Ubuntu: apt install flite) and `pip install -e ".[trai
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,12 +57,18 @@ STEPS = {
     "vision_encoder": Step("train_vision_encoder", ("pictures",)),
     "data": Step("build_data", ("codec", "speaker_encoder", "pictures"), ("speech",)),
     "t2a": Step("train_model", ("lm", "data"), ("t2a",), alone=True),
-    "a2a_projector": Step("train_model", ("t2a", "speech_encoder"), ("a2a_projector",), alone=True),
+    "t2a_words": Step("train_model", ("t2a",), ("t2a_words",), alone=True),
+    "a2a_projector": Step("train_model", ("t2a_words", "speech_encoder"), ("a2a_projector",), alone=True),
     "a2a": Step("train_model", ("a2a_projector",), ("a2a",), alone=True),
     "i2t_projector": Step("train_model", ("a2a", "vision_encoder"), ("i2t_projector",), alone=True),
     "i2t": Step("train_model", ("i2t_projector",), ("i2t",), alone=True),
     "nano": Step("finish_model", ("i2t",), alone=True),
 }
+
+
+def log_of(work: Path, name: str) -> Path:
+    """Where a step writes what it says."""
+    return work / "logs" / f"{name.replace(' ', '_')}.log"
 
 
 def start(name: str, work: Path, quick: bool) -> subprocess.Popen:
@@ -71,9 +78,9 @@ def start(name: str, work: Path, quick: bool) -> subprocess.Popen:
     threads = cores if step.alone else max(1, cores // LANES)
     script = Path(__file__).with_name(f"{step.script}.py")
     command = [sys.executable, str(script), str(work), *step.arguments, *(["--quick"] if quick else [])]
-    logs = work / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with (logs / f"{name.replace(' ', '_')}.log").open("a", encoding="utf-8") as log:
+    path = log_of(work, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log:
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
         )
@@ -86,25 +93,31 @@ def run(work: Path, quick: bool) -> None:
     Raises:
         SystemExit: A step failed; those that run beside it are stopped, and go on the next time.
     """
-    waiting, running, done = list(STEPS), {}, set()
-    while waiting or running:
-        for name in [name for name in waiting if done.issuperset(STEPS[name].needs)]:
-            if len(running) < LANES and not (STEPS[name].alone and running):
-                sys.stderr.write(f"{time.strftime('%H:%M:%S')} {name}\n")
-                running[name] = start(name, work, quick)
-                waiting.remove(name)
-                if STEPS[name].alone:
-                    break
-        time.sleep(POLL_SECONDS)
-        for name, process in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[name]
-            if process.returncode:
-                for other in running.values():
-                    other.terminate()
-                raise SystemExit(f"{name} failed: see {work / 'logs' / name.replace(' ', '_')}.log")
-            done.add(name)
+    waiting, done = list(STEPS), set()
+    running: dict[str, subprocess.Popen] = {}
+    try:
+        while waiting or running:
+            begin(waiting, running, done, work, quick)
+            time.sleep(POLL_SECONDS)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if running.pop(name).returncode:
+                    raise SystemExit(f"{name} failed: see {log_of(work, name)}")
+                done.add(name)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def begin(waiting: list[str], running: dict[str, subprocess.Popen], done: set[str], work: Path, quick: bool) -> None:
+    """Starts what can run now, and moves it from `waiting` to `running`."""
+    for name in [name for name in waiting if done.issuperset(STEPS[name].needs)]:
+        together = not STEPS[name].alone and not any(STEPS[other].alone for other in running)
+        if not running or (together and len(running) < LANES):
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {name}\n")
+            running[name] = start(name, work, quick)
+            waiting.remove(name)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -114,4 +127,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C: the steps are stopped too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     sys.exit(main())

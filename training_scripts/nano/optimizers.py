@@ -69,5 +69,6 @@ class MuonTrainer(MiniMindOTrainer):
                 chosen = [parameter for parameter in group["params"] if (parameter in matrices) == wanted]
                 if chosen:
                     groups[place].append({"params": chosen, **kept})
-        self.optimizer = MuonAndAdamW(*groups, (self.args.adam_beta1, self.args.adam_beta2))
+        if all(groups):  # a projector alone has no layers
+            self.optimizer = MuonAndAdamW(*groups, (self.args.adam_beta1, self.args.adam_beta2))
         return self.optimizer

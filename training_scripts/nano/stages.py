@@ -90,7 +90,12 @@ def open_stage(folder: Path, inputs: Sequence[Path], settings: Mapping) -> str |
     if started is None and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds no stage of this recipe and is not emptied: give another folder.")
     if started is None or started["digest"] != digest:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            # Out of the way at once: files without `started.json` would be taken for somebody else's.
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            shutil.rmtree(old)
         write_json(folder / "started.json", {"digest": digest, "settings": dict(settings)})
     return digest
 
@@ -163,3 +168,13 @@ def save_plot(figure, path: Path) -> None:
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     pyplot.close(figure)
+
+
+def plot_counts(counts: Mapping[str, float], label: str, path: Path) -> None:
+    """Bars with names."""
+    figure, (axis,) = new_plot(height=1 + 0.4 * len(counts))
+    axis.barh(list(counts), list(counts.values()))
+    axis.bar_label(axis.containers[0], padding=4)
+    axis.invert_yaxis()
+    axis.set_xlabel(label)
+    save_plot(figure, path)

@@ -118,6 +118,27 @@ class Suite:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def find_file(source: str | Path, embedded: Path, suffix: str, missing: str) -> Path:
+    """
+    A file, or one of the package's by its name.
+
+    Args:
+        source (`str` or `Path`): A path or a name.
+        embedded (`Path`), suffix (`str`): Where the package's files are, and what their names end in.
+        missing (`str`): The error's message, with two `{}`: for `source`, and for the names that there are.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    path = Path(source)
+    if not path.is_file() and path.name == str(source) and (embedded / f"{source}{suffix}").is_file():
+        path = embedded / f"{source}{suffix}"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in embedded.glob(f"*{suffix}")))
+        raise FileNotFoundError(missing.format(source, known))
+    return path
+
+
 def load_suite(source: str | Path) -> Suite:
     """
     Reads a suite.
@@ -132,12 +153,7 @@ def load_suite(source: str | Path) -> Suite:
         FileNotFoundError: There is no such file.
         ValueError: It holds something else.
     """
-    path = Path(source)
-    if not path.is_file() and path.name == str(source) and (EMBEDDED / f"{source}.json").is_file():
-        path = EMBEDDED / f"{source}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in EMBEDDED.glob("*.json")))
-        raise FileNotFoundError(f"There is no suite {source}: give a YAML or JSON file, or one of: {known}.")
+    path = find_file(source, EMBEDDED, ".json", "There is no suite {}: give a YAML or JSON file, or one of: {}.")
     values = read_mapping(path, Suite)
     rows = values.get("questions")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
@@ -175,4 +191,4 @@ def check_keys(values: dict, kind: type, where: str) -> None:
         raise ValueError(f"{where}: there is no setting {', '.join(unknown)}; there are {', '.join(known)}.")
 
 
-__all__ = ["ASKED", "Question", "Suite", "check_keys", "load_suite", "read_mapping"]
+__all__ = ["ASKED", "Question", "Suite", "check_keys", "find_file", "load_suite", "read_mapping"]

@@ -10,7 +10,7 @@ from minimind_o_hf.files import new_file
 
 from .reports import read_figures
 from .scoring import Figures
-from .suites import check_keys, read_mapping
+from .suites import check_keys, find_file, read_mapping
 
 EMBEDDED = Path(__file__).parent / "tables"
 
@@ -89,12 +89,7 @@ def load_table(source: str | Path) -> Table:
         FileNotFoundError: There is no such file.
         ValueError: It holds something else.
     """
-    path = Path(source)
-    if not path.is_file() and path.name == str(source) and (EMBEDDED / f"{source}.yaml").is_file():
-        path = EMBEDDED / f"{source}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in EMBEDDED.glob("*.yaml")))
-        raise FileNotFoundError(f"There is no table {source}: give a YAML file, or one of: {known}.")
+    path = find_file(source, EMBEDDED, ".yaml", "There is no table {}: give a YAML file, or one of: {}.")
     values = read_mapping(path, Table)
     if values.get("layout") not in LAYOUTS:
         raise ValueError(f"{path}: `layout` must be one of {', '.join(LAYOUTS)}, got {values.get('layout')!r}.")

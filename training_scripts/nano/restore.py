@@ -7,6 +7,7 @@ checkpoint carries, for the stages after them; WORK/i2t gets the model. A stage 
 inputs than those it had empties its folder and trains anew.
 """
 
+import copy
 import json
 import shutil
 import sys
@@ -28,7 +29,7 @@ def write_part(name: str, source: Path, model: Any, processor: Any, folder: Path
     if name == "tokenizer":
         processor.tokenizer.save_pretrained(folder)
     elif name == "codec":
-        processor.audio_tokenizer.half().save_pretrained(folder)
+        copy.deepcopy(processor.audio_tokenizer).half().save_pretrained(folder)
     elif name == "speaker_encoder":
         shutil.copytree(source / name, folder, dirs_exist_ok=True)
     elif name == "i2t":
@@ -39,7 +40,7 @@ def write_part(name: str, source: Path, model: Any, processor: Any, folder: Path
             "speech_encoder": (model.audio_tower, processor.feature_extractor),
             "vision_encoder": (model.vision_tower, processor.image_processor),
         }[name]
-        part.half().save_pretrained(folder)
+        copy.deepcopy(part).half().save_pretrained(folder)
         prepares.save_pretrained(folder)
 
 
@@ -52,13 +53,13 @@ def restore(source: Path, work: Path) -> None:
         work (`Path`): Of all stages; finished stages that stand there are kept.
     """
     stages = json.loads((source / "provenance.json").read_text(encoding="utf-8"))["stages"]
+    model = AutoModelForMultimodalLM.from_pretrained(source)
+    processor = AutoProcessor.from_pretrained(source)
     for name in PARTS:
         folder = work / name
         if (folder / "done.json").exists():
             sys.stderr.write(f"{folder}: kept\n")
             continue
-        model = AutoModelForMultimodalLM.from_pretrained(source)
-        processor = AutoProcessor.from_pretrained(source)
         with new_directory(folder) as temporary:
             write_part(name, source, model, processor, temporary / "model")
             if name == "speaker_encoder":

@@ -1,6 +1,6 @@
 """Trains nano's Thinker and Talker: language model, text to speech, speech to speech, pictures.
 
-    python training_scripts/nano/train_model.py WORK STAGE    (lm, t2a, a2a_projector, a2a, i2t_projector, i2t)
+    python training_scripts/nano/train_model.py WORK STAGE    (one of `STAGES`)
 
 Each stage starts from the one before it and leaves a complete checkpoint in WORK/STAGE. One that was interrupted goes
 on from its last save.
@@ -65,6 +65,11 @@ class SilentCollator(MiniMindODataCollator):
         return {name: value for name, value in batch.items() if name not in SOUND} | {"run_talker": False}
 
 
+def folder_of(data: str) -> str:
+    """The stage that makes the files of some data."""
+    return "text" if data == "text" else "data"
+
+
 @dataclass(frozen=True)
 class Stage:
     """
@@ -98,7 +103,7 @@ class Stage:
 
     def inputs(self, work: Path) -> list[Path]:
         """Folders of the stages that it reads: first the model's, then the data's."""
-        folders = [self.before, *sorted({"text" if name == "text" else "data" for name in self.data})]
+        folders = [self.before, *sorted({folder_of(name) for name in self.data})]
         return [work / name for name in (*folders, self.encoder) if name]
 
     def settings(self, quick: bool) -> dict[str, Any]:
@@ -114,7 +119,7 @@ class Stage:
     def files(self, work: Path, split: str) -> list[str]:
         """Of its data; of the first alone for evaluation."""
         names = self.data if split == "train" else self.data[:1]
-        return [str(work / ("text" if name == "text" else "data") / f"{name}_{split}.parquet") for name in names]
+        return [str(work / folder_of(name) / f"{name}_{split}.parquet") for name in names]
 
 
 # What is said is in the first four codebooks: with the others predicted and these true, a recogniser makes as few

@@ -30,6 +30,7 @@ stages, words, make_corpus, make_speech, train_codec, build_data, train_model, o
         *("optimizers", "finish_model", "nano"),
     )
 )
+training_loop = importlib.import_module("training")
 needs_flite = pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed")
 
 
@@ -460,8 +461,8 @@ def test_a_finished_training_is_read_and_not_repeated(training, monkeypatch):
 
 
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_codec, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(train_codec, "CHECK_EVERY", 2)
+    monkeypatch.setattr(training_loop, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(training_loop, "CHECK_EVERY", 2)
 
     def run(folder, stop=None):
         folder.mkdir(exist_ok=True)
@@ -477,7 +478,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypa
         def check():
             return (network(torch.ones(1, 3)) - 1).square().mean().item()
 
-        history = train_codec.train("it", folder, network, loss_at, check, 8, 1e-2)
+        history = training_loop.train("it", folder, network, loss_at, check, 8, 1e-2)
         return network.weight, [(row["step"], row["held out"]) for row in history]
 
     weights, history = run(tmp_path / "whole")
@@ -490,7 +491,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypa
 
 
 def test_the_best_weights_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_codec, "CHECK_EVERY", 1)
+    monkeypatch.setattr(training_loop, "CHECK_EVERY", 1)
     network = nn.Linear(1, 1, bias=False)
     seen, losses = [], iter([3.0, 1.0, 2.0])
 
@@ -498,7 +499,7 @@ def test_the_best_weights_are_kept(tmp_path, monkeypatch):
         seen.append(network.weight.item())
         return next(losses)
 
-    train_codec.train("it", tmp_path, network, lambda step: network.weight.sum(), check, 3, 0.1)
+    training_loop.train("it", tmp_path, network, lambda step: network.weight.sum(), check, 3, 0.1)
     assert network.weight.item() == seen[1] != seen[2]
 
 

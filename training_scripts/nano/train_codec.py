@@ -21,8 +21,7 @@ on. `--only encoder` and `--only decoder` train one of the two, which do not nee
 
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from stages import new_plot, open_stage, read_lines, run_stage, save_plot, stage_arguments
 from torch import nn
 from torch.nn import functional
+from training import train
 from transformers import MimiConfig, MimiModel
 from transformers.models.mimi.modeling_mimi import MimiResnetBlock
 
@@ -59,8 +59,6 @@ CODEBOOK_SIZE = 512
 
 BATCH = 8
 CROP = 12  # frames
-CHECK_EVERY = 250  # steps
-SAVE_SECONDS = 120
 
 
 def codec_config() -> MimiConfig:
@@ -321,77 +319,6 @@ def choose_training(rows: Sequence[dict], minutes: float) -> list[dict]:
             chosen.append(row)
             seconds += row["seconds"]
     return chosen
-
-
-def train(
-    name: str,
-    folder: Path,
-    network: nn.Module,
-    loss_at: Callable[[int], torch.Tensor],
-    check: Callable[[], float],
-    steps: int,
-    rate: float,
-) -> list[dict]:
-    """
-    Trains a network, and leaves it as it was when its held-out loss was least. Goes on from `folder/NAME.pt`; takes
-    `folder/NAME.safetensors`, with its history beside it, as it is.
-
-    Args:
-        name (`str`): Of the checkpoint.
-        folder (`Path`): Where it is.
-        network ([`~torch.nn.Module`]): What is trained.
-        loss_at (callable): The training loss at a step; it makes its own random choices from the step.
-        check (callable): The held-out loss.
-        steps (`int`): How many.
-        rate (`float`): Learning rate, which warms up over 100 steps and falls to 0 as a cosine does.
-
-    Returns:
-        list of `dict`: `step`, `train` (mean since the last), `held out` and `seconds`.
-    """
-    finished = folder / f"{name}.safetensors"
-    if finished.is_file():  # a part that was trained to its end before
-        network.load_state_dict(load_file(finished))
-        return read_lines(folder / f"{name}.jsonl")
-    path = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(network.parameters(), rate, betas=(0.8, 0.99), weight_decay=1e-3)
-    step, history, best = 0, [], {"loss": math.inf, "weights": {}}
-    if path.is_file():
-        state = torch.load(path, weights_only=True)
-        network.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, history, best = state["step"], state["history"], state["best"]
-
-    def save() -> None:
-        state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}
-        with new_file(path) as temporary:
-            torch.save({**state, "step": step, "history": history, "best": best}, temporary)
-
-    saved, losses = time.monotonic(), []
-    began = time.monotonic() - (history[-1]["seconds"] if history else 0)
-    while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        loss = loss_at(step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimizer.step()
-        losses.append(loss.item())
-        step += 1
-        if step % CHECK_EVERY == 0 or step == steps:
-            held = check()
-            seconds = round(time.monotonic() - began)
-            history.append({"step": step, "train": float(np.mean(losses)), "held out": held, "seconds": seconds})
-            sys.stderr.write(f"{name} {history[-1]}\n")
-            losses = []
-            if held < best["loss"]:
-                weights = {key: value.clone() for key, value in network.state_dict().items()}
-                best = {"loss": held, "weights": weights}
-        if time.monotonic() - saved > SAVE_SECONDS or step == steps:
-            save()
-            saved = time.monotonic()
-    network.load_state_dict(best["weights"])
-    return history
 
 
 class CodecTraining:

@@ -14,7 +14,6 @@ WORK/speaker_encoder/model is what `CamPlusPlusModel.from_pretrained` loads, in 
 voices.safetensors holds an embedding of each voice.
 """
 
-import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -28,10 +27,10 @@ from make_speech import HELD_OUT_VOICE, RATE, VOICES
 from minimind_o_hf.modeling import CamPlusPlusConfig, CamPlusPlusModel
 from minimind_o_hf.processing import CamPlusPlusFeatureExtractor
 from safetensors.torch import save_file
-from stages import new_plot, read_lines, run_stage, save_plot, stage_arguments
+from stages import new_plot, read_lines, run_stage, save_plot
 from torch import nn
 from torch.nn import functional
-from train_codec import train
+from training import encoder_arguments, load_start, steps_and_start, train
 
 from minimind_o_hf.data.augmentation import SpeechAugmentation, change_speed
 from minimind_o_hf.files import new_directory, new_file
@@ -276,25 +275,19 @@ def plot(history: Sequence[dict], voices: dict[str, torch.Tensor], path: Path) -
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains the encoder and has it judged."""
-    parser = stage_arguments(__doc__)
-    parser.add_argument("--steps", type=int, help="default: 1000, quick: 3")
-    parser.add_argument("--start", type=Path, metavar="FILE", help="a `training.pt` whose best weights it starts from")
-    options = parser.parse_args(arguments)
+    options = encoder_arguments(__doc__, 1000, 3).parse_args(arguments)
     settings = {
         "version": VERSION,
         "seed": 0,
-        "steps": options.steps or (3 if options.quick else 1000),
+        **steps_and_start(options),
         "rate": 2e-3,
         "judged": 3 if options.quick else 60,
     }
-    if options.start:
-        settings["start"] = hashlib.sha256(options.start.read_bytes()).hexdigest()
     speech = options.work / "speech"
 
     def make(folder: Path) -> dict:
         training = SpeakerTraining(folder, speech, settings)
-        if options.start:
-            training.network.load_state_dict(torch.load(options.start, weights_only=True)["best"]["weights"])
+        load_start(training.network, options.start)
         history = training.train()
         training.save()
         voices = training.make_voices()

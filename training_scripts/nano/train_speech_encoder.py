@@ -14,7 +14,6 @@ WORK/speech_encoder/model is what `FunAsrNanoEncoder.from_pretrained` loads, in 
 which holds the normalisation measured on the corpus. `heads.safetensors` beside it is for evaluation alone.
 """
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +26,11 @@ from listening import error_rates, normalise
 from make_speech import HELD_OUT_VOICE, RATE, VOICES
 from minimind_o_hf.processing import MiniMindOFeatureExtractor
 from safetensors.torch import save_file
-from stages import new_plot, read_lines, run_stage, save_plot, stage_arguments
+from stages import new_plot, read_lines, run_stage, save_plot
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
-from train_codec import train
+from training import encoder_arguments, load_start, steps_and_start, train
 from transformers import AutoTokenizer, FunAsrNanoEncoderConfig
 from transformers.models.fun_asr_nano import FunAsrNanoEncoder
 
@@ -259,26 +258,20 @@ def plot(history: Sequence[dict], errors: dict[str, dict], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains the encoder and has it judged."""
-    parser = stage_arguments(__doc__)
-    parser.add_argument("--steps", type=int, help="default: 4000, quick: 4")
-    parser.add_argument("--start", type=Path, metavar="FILE", help="a `training.pt` whose best weights it starts from")
-    options = parser.parse_args(arguments)
+    options = encoder_arguments(__doc__, 4000, 4).parse_args(arguments)
     settings = {
         "version": VERSION,
         "seed": 0,
-        "steps": options.steps or (4 if options.quick else 4000),
+        **steps_and_start(options),
         "rate": 1.5e-3,
         "held out": 24 if options.quick else 192,
         "measured every": 5 if options.quick else 20,
         "judged": 4 if options.quick else 240,
     }
-    if options.start:
-        settings["start"] = hashlib.sha256(options.start.read_bytes()).hexdigest()
 
     def make(folder: Path) -> dict:
         training = SpeechTraining(folder, options.work, settings)
-        if options.start:
-            training.network.load_state_dict(torch.load(options.start, weights_only=True)["best"]["weights"])
+        load_start(training.network, options.start)
         history = training.train()
         training.save()
         errors = training.judge()

@@ -29,10 +29,10 @@ from corpus_words import POSITIONS, SHAPES
 from draw_pictures import COLOURS, draw_scene, paint, place
 from minimind_o_hf.processing.processing_minimind_o import IMAGE_PROCESSOR_DEFAULTS
 from PIL import Image, ImageDraw
-from stages import new_plot, run_stage, save_plot, stage_arguments
+from stages import new_plot, run_stage, save_plot
 from torch import nn
 from torch.nn import functional
-from train_codec import train
+from training import encoder_arguments, load_start, steps_and_start, train
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from minimind_o_hf.files import new_directory
@@ -254,9 +254,7 @@ def plot(history: Sequence[dict], accuracy: dict[str, float], path: Path) -> Non
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains the encoder and has it judged."""
-    parser = stage_arguments(__doc__)
-    parser.add_argument("--steps", type=int, help="default: 4000, quick: 4")
-    parser.add_argument("--start", type=Path, metavar="FILE", help="a `training.pt` whose best weights it starts from")
+    parser = encoder_arguments(__doc__, 4000, 4)
     parser.add_argument("--corpus-seed", type=int, default=0, help="it decides what is held out; default: %(default)s")
     options = parser.parse_args(arguments)
     scenes = all_scenes(options.corpus_seed)
@@ -264,18 +262,15 @@ def main(arguments: list[str] | None = None) -> None:
         "version": VERSION,
         "seed": 0,
         "scenes": hashlib.sha256(json.dumps(scenes).encode()).hexdigest(),
-        "steps": options.steps or (4 if options.quick else 4000),
+        **steps_and_start(options),
         "rate": 1e-3,
         "held out": 24 if options.quick else 240,
         "drawings": 1 if options.quick else 8,
     }
-    if options.start:
-        settings["start"] = hashlib.sha256(options.start.read_bytes()).hexdigest()
 
     def make(folder: Path) -> dict:
         training = VisionTraining(folder, scenes, settings)
-        if options.start:
-            training.network.load_state_dict(torch.load(options.start, weights_only=True)["best"]["weights"])
+        load_start(training.network, options.start)
         history = training.train()
         training.save()
         accuracy = training.judge()

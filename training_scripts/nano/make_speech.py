@@ -190,14 +190,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Speaks answers and questions."""
     parser = stage_arguments(__doc__)
     parser.add_argument("--minutes", type=float, help="of training answers (default: 400, quick: 2)")
-    parser.add_argument("--question-minutes", type=float, help="of training questions (default: 300, quick: 1)")
+    parser.add_argument("--question-minutes", type=float, help="of training questions (default: 700, quick: 1)")
     options = parser.parse_args(arguments)
     if not shutil.which("flite"):
         sys.exit("There is no program 'flite' to speak with: install it (Debian, Ubuntu: apt install flite).")
     settings = {
         "version": VERSION,
         "minutes": options.minutes or (2 if options.quick else 400),
-        "question minutes": options.question_minutes or (1 if options.quick else 300),
+        "question minutes": options.question_minutes or (1 if options.quick else 700),
         "evaluated": 8 if options.quick else 240,
     }
     corpus = options.work / "corpus"

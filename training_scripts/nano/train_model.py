@@ -7,6 +7,7 @@ on from its last save.
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from optimizers import MuonTrainer
 from safetensors.torch import load_file
 from stages import read_lines, run_stage, stage_arguments
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -36,7 +38,7 @@ from minimind_o_hf.data import (
 from minimind_o_hf.trainer import MiniMindOTrainingArguments
 from minimind_o_hf.training_report import plot_training_curves, write_training_report
 
-VERSION = 2
+VERSION = 3
 MAX_LENGTH = 192  # positions: a question of 40, an answer of 6 s
 
 # A prompt of this model always holds an empty think block before the answer: training shows it as generation will.
@@ -77,13 +79,14 @@ class Stage:
 
     Args:
         before (`str`): The stage it starts from.
-        data (tuple of `str`): Files of WORK/text or WORK/data, without `_train.parquet`; the first is evaluated on.
+        data (tuple of `str`): Files of WORK/text or WORK/data, without `_train.parquet`; one named twice counts twice.
         mode (`str`): What is trained, see [`MiniMindOTrainingArguments`].
         steps (`int`), batch (`int`), rate (`float`): Optimiser steps, rows a step, learning rate.
         talker_rate (`float`, *optional*): The Talker's.
         codebook_weights (tuple of `float`, *optional*): In the audio loss; equal without.
+        floor (`float`): What the cosine of the rates ends at, as a share of them; 1 for constant ones.
         swap (`float`): Scheduled sampling of codes.
-        augment (`bool`): Whether input speech is augmented.
+        augment (`bool`): Whether input speech is augmented, beside the masking of its features.
         silent (`bool`): Whether the answers' sound is left out: the Talker does not run.
         encoder (`str`, *optional*): A trained encoder's stage: until this one, the model's own was random.
     """
@@ -96,6 +99,7 @@ class Stage:
     rate: float
     talker_rate: float | None = None
     codebook_weights: tuple[float, ...] | None = None
+    floor: float = 0.1
     swap: float = 0.05
     augment: bool = False
     silent: bool = False
@@ -117,56 +121,28 @@ class Stage:
         }
 
     def files(self, work: Path, split: str) -> list[str]:
-        """Of its data; of the first alone for evaluation."""
-        names = self.data if split == "train" else self.data[:1]
+        """Of its data; each once for evaluation."""
+        names = self.data if split == "train" else dict.fromkeys(self.data)
         return [str(work / folder_of(name) / f"{name}_{split}.parquet") for name in names]
 
 
 # What is said is in the first four codebooks: with the others predicted and these true, a recogniser makes as few
-# errors as with all of them true.
-WORDS_FIRST = (3.0, 2.0, 1.5, 1.0, 0.2, 0.1, 0.1, 0.1)
+# errors as with all of them true. The others must not fall far behind: they have to learn where speech ends.
+WORDS_FIRST = (3.0, 2.0, 1.5, 1.0, 0.5, 0.4, 0.3, 0.3)
+
+SPEAKING = {"mode": "all", "batch": 32, "codebook_weights": WORDS_FIRST, "swap": 0.08}
+PROJECTING = {"steps": 200, "batch": 24, "rate": 3e-3, "swap": 0.0, "silent": True}
 
 STAGES = {
-    "lm": Stage("model", ("text",), "thinker", 1300, 32, 2e-3, swap=0.0, silent=True),
-    "t2a": Stage("lm", ("t2a",), "all", 3000, 32, 1e-3, talker_rate=3e-3),
-    "t2a_words": Stage("t2a", ("t2a",), "all", 500, 32, 5e-4, talker_rate=2e-3, codebook_weights=WORDS_FIRST),
-    "a2a_projector": Stage(
-        "t2a_words",
-        ("a2a",),
-        "audio_proj",
-        200,
-        24,
-        3e-3,
-        swap=0.0,
-        augment=True,
-        silent=True,
-        encoder="speech_encoder",
-    ),
+    "lm": Stage("model", ("text",), "thinker", 1500, 32, 2e-3, swap=0.0, silent=True),
+    "t2a": Stage("lm", ("t2a",), steps=4000, rate=1e-3, talker_rate=3e-3, **SPEAKING),
+    "a2a_projector": Stage("t2a", ("a2a",), "audio_proj", encoder="speech_encoder", **PROJECTING),
     "a2a": Stage(
-        "a2a_projector",
-        ("a2a",) * 3 + ("t2a",),
-        "all",
-        500,
-        32,
-        1e-3,
-        2e-3,
-        codebook_weights=WORDS_FIRST,
-        augment=True,
+        "a2a_projector", ("a2a",) * 3 + ("t2a",), steps=500, rate=1e-3, talker_rate=2e-3, augment=True, **SPEAKING
     ),
-    "i2t_projector": Stage(
-        "a2a", ("i2t",), "vision_proj", 120, 24, 3e-3, swap=0.0, silent=True, encoder="vision_encoder"
-    ),
-    "i2t": Stage(
-        "i2t_projector",
-        ("i2t", "i2t", "a2a", "a2a", "t2a"),
-        "all",
-        600,
-        32,
-        1e-3,
-        talker_rate=2e-3,
-        codebook_weights=WORDS_FIRST,
-        augment=True,
-    ),
+    "i2t_projector": Stage("a2a", ("i2t",), "vision_proj", encoder="vision_encoder", **PROJECTING),
+    # Everything at once, and by far the longest: what was learnt before gives it a start.
+    "i2t": Stage("i2t_projector", ("i2t", "a2a", "t2a"), steps=10_000, rate=1e-3, talker_rate=2.5e-3, **SPEAKING),
 }
 
 
@@ -226,8 +202,25 @@ def start_projector(model: Any, processor: Any, work: Path, clips: int) -> float
     return loss.item()
 
 
-def train(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, Any]:
-    """Trains a stage and saves a checkpoint in `folder`; returns the held-out figures."""
+def train(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, float]:
+    """
+    Trains a stage and saves a checkpoint in `folder`; returns the held-out figures.
+
+    On CPUs with a process for each core, which share each batch: at this size two threads of one process are no faster
+    than one.
+    """
+    processes = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    if processes == 1:
+        return train_in_process(stage, work, folder, quick)
+    config = LaunchConfig(1, 1, processes, run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+    return elastic_launch(config, train_in_process)(stage, work, folder, quick)[0]
+
+
+def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, float]:
+    """A process's share of `train`."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        torch.set_num_threads(1)
     before = work / stage.before / "model"
     # On CPUs, eager attention's backward takes a tenth of the time of PyTorch's fused one at these lengths.
     attention = None if torch.cuda.is_available() else "eager"
@@ -254,14 +247,17 @@ def train(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, Any]
         mode=stage.mode,
         learning_rate=stage.rate,
         talker_learning_rate=stage.talker_rate,
+        min_learning_rate_ratio=stage.floor,
         codebook_weights=list(stage.codebook_weights) if stage.codebook_weights else None,
         max_steps=steps,
-        per_device_train_batch_size=stage.batch,
+        per_device_train_batch_size=stage.batch // processes,
         per_device_eval_batch_size=64,
         eval_strategy="steps",
-        eval_steps=1000,
+        eval_steps=500,
         save_steps=500,
-        save_total_limit=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
         logging_steps=50,
         adam_beta2=0.98,
         use_cpu=not torch.cuda.is_available(),
@@ -270,20 +266,21 @@ def train(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, Any]
         disable_tqdm=True,
         label_names=["labels"] if stage.silent else ["labels", "audio_labels"],
     )
-    masking = FeatureMasking() if stage.augment else None
     collator_class = SilentCollator if stage.silent else MiniMindODataCollator
     # Few different lengths: the CPU's kernels are compiled for each.
-    collator = collator_class(processor, model.config, feature_masking=masking, pad_to_multiple_of=8)
+    collator = collator_class(processor, model.config, feature_masking=FeatureMasking(), pad_to_multiple_of=8)
     trainer = MuonTrainer(model, arguments, train_dataset=train_set, eval_dataset=held_out, data_collator=collator)
     run = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
     figures = trainer.evaluate()
     trainer.save_model(str(folder / "model"))
-    processor.save_pretrained(folder / "model")
     trainer.save_state()
-    (folder / "history.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
-    plot_training_curves(trainer.state.log_history, folder / "figures.png")
-    write_training_report(trainer, folder / "model", {"base model": stage.before, "training data": list(stage.data)})
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(folder / "model")
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history), encoding="utf-8")
+        plot_training_curves(trainer.state.log_history, folder / "figures.png")
+        made_of = {"base model": stage.before, "training data": list(stage.data)}
+        write_training_report(trainer, folder / "model", made_of)
     return {name: value for name, value in figures.items() if isinstance(value, float)}
 
 

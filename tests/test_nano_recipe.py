@@ -210,6 +210,17 @@ def test_days_follow_each_other(corpus):
     assert found >= 14
 
 
+def test_wordings_for_training_alone_are_added_to_the_rest(monkeypatch):
+    corpus = make_corpus.make_conversations(0, 20)
+    monkeypatch.setattr(make_corpus, "more_ways", lambda sort, **fields: ())
+    rest = make_corpus.make_conversations(0, 20)
+    added = corpus[len(rest) :]
+    assert corpus[: len(rest)] == rest
+    assert {row["split"] for row in added} == {"train"}
+    assert {row["answer"] for row in added} <= {row["answer"] for row in rest if row["split"] == "train"}
+    assert "Tell me the month after May." in {row["question"] for row in added}
+
+
 def test_the_same_seed_gives_the_same_corpus():
     first, again, other = (make_corpus.make_conversations(seed, 10) for seed in (0, 0, 1))
     assert first == again

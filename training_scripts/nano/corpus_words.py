@@ -503,3 +503,82 @@ REPEAT_WENT = """
     rested returned rode rolled rushed sang sat shouted slept smiled stayed stood stopped swam talked traveled
     waited walked wandered worked
 """
+
+# Wordings that are trained on and never held out: few ways to ask do not teach what a new one means.
+MORE_WAYS = {
+    "plus": (
+        "Can you add {a} and {b}?",
+        "Please tell me {a} plus {b}.",
+        "What does {a} plus {b} make?",
+        "{a} and {b} make what?",
+    ),
+    "minus": (
+        "Can you take {b} from {a}?",
+        "Please tell me {a} minus {b}.",
+        "What does {a} minus {b} make?",
+        "What remains when you take {b} from {a}?",
+    ),
+    "times": (
+        "Can you tell me {a} times {b}?",
+        "Please tell me {a} times {b}.",
+        "What does {a} times {b} make?",
+        "{b} times {a} makes what?",
+    ),
+    "larger": (
+        "Which is larger, {b} or {a}?",
+        "Which number is larger, {b} or {a}?",
+        "Tell me which is larger, {a} or {b}.",
+        "Which of the two is larger, {a} or {b}?",
+        "Which of the two is larger, {b} or {a}?",
+    ),
+    "next": (
+        "Name the number after {x}.",
+        "What is the number after {x}?",
+        "Please tell me what comes after {x}.",
+        "Which number is after {x}?",
+    ),
+    "previous": (
+        "Name the number before {x}.",
+        "Please tell me what comes before {x}.",
+        "Which number is before {x}?",
+    ),
+    "count": ("Count up from {a} to {b}.", "Now count from {a} to {b}.", "Tell me the numbers from {a} to {b}."),
+    "count down": (
+        "Please count down from {b} to {a}.",
+        "Can you count from {b} down to {a}?",
+        "Now count from {b} to {a}.",
+    ),
+    "get": ("I had {a} {x} and got {b} more. How many do I have?",),
+    "lose": ("I had {a} {x} and gave away {b}. How many are left?",),
+    "day after": ("Tell me the day after {x}.", "Name the day after {x}.", "What is the day after {x}?"),
+    "day before": ("Name the day before {x}.", "What is the day before {x}?", "Which day is before {x}?"),
+    "tomorrow": ("Today is {x}. Tell me what tomorrow is.", "Tell me what tomorrow is if today is {x}."),
+    "yesterday": ("It is {x}. What was yesterday?", "Today is {x}. Tell me what yesterday was."),
+    "day": ("Tell me the {x} day of the week.", "What is the {x} day called?", "Name the {x} day."),
+    "month after": ("Tell me the month after {x}.", "Name the month after {x}.", "What is the month after {x}?"),
+    "month before": ("Name the month before {x}.", "What is the month before {x}?", "Which month is before {x}?"),
+    "days": (
+        "Tell me how many days {x} has.",
+        "How many days are there in {x}?",
+        "Tell me how many days are in {x}.",
+        "How many days long is {x}?",
+    ),
+    "season": ("Tell me which season {x} is in.", "What is the season of {x}?", "Name the season of {x}."),
+    "month": ("Tell me the {x} month of the year.", "What is the {x} month called?", "Name the {x} month."),
+    "season after": ("Tell me the season after {x}.", "What is the season after {x}?", "Name the season after {x}."),
+    "later": (
+        "It is {a} o'clock. What time will it be in {b}?",
+        "It is {a} o'clock now. Tell me the time in {b}.",
+        "What time is it in {b} if it is {a} o'clock now?",
+    ),
+    "ago": (
+        "It is {a} o'clock. Tell me the time {b} ago.",
+        "It is {a} o'clock now. What time was it {b} ago?",
+        "What time was it {b} ago if it is {a} o'clock now?",
+    ),
+    "has": (
+        "{n} has a {c} {x}. Tell me who has a {x}.",
+        "{n} found a {c} {x}. Tell me what {n} found.",
+        "I gave {n} a {c} {x}. Tell me what {n} has.",
+    ),
+}

@@ -31,7 +31,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class Item:
         composed (`bool`): The answer is made of parts that other answers have too, or told by the question: somebody
             who has not seen it can find it.
         scene (`str`, *optional*): As JSON.
+        more (tuple of `str`): Wordings for training alone: they are not among those that may be held out.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Item:
     wordings: tuple[str, ...]
     composed: bool = False
     scene: str | None = None
+    more: tuple[str, ...] = ()
 
 
 def sentence(text: str) -> str:
@@ -75,6 +77,11 @@ def fill(wordings: Sequence[str], **fields: str) -> tuple[str, ...]:
     return tuple(
         ("~" if wording[0] == "~" else "") + sentence(text) for wording, text in zip(wordings, filled, strict=True)
     )
+
+
+def more_ways(sort: str, **fields: str) -> tuple[str, ...]:
+    """The wordings of a sort that are for training alone."""
+    return fill(words.MORE_WAYS[sort], **fields)
 
 
 def article(noun: str) -> str:
@@ -109,15 +116,18 @@ def arithmetic() -> Iterator[Item]:
         "~{a} times {b} is what?",
     )
     for a, b in itertools.product(range(21), repeat=2):
+        fields = {"a": NUMBERS[a], "b": NUMBERS[b]}
         if a + b <= 20:
             answer = f"{NUMBERS[a]} plus {NUMBERS[b]} is {NUMBERS[a + b]}."
-            yield Item("arithmetic", sentence(answer), fill(plus, a=NUMBERS[a], b=NUMBERS[b]), composed=True)
+            more = more_ways("plus", **fields)
+            yield Item("arithmetic", sentence(answer), fill(plus, **fields), composed=True, more=more)
         if a >= b:
             answer = f"{NUMBERS[a]} minus {NUMBERS[b]} is {NUMBERS[a - b]}."
-            yield Item("arithmetic", sentence(answer), fill(minus, a=NUMBERS[a], b=NUMBERS[b]), composed=True)
+            more = more_ways("minus", **fields)
+            yield Item("arithmetic", sentence(answer), fill(minus, **fields), composed=True, more=more)
         if 2 <= a <= 10 and 2 <= b <= 10 and a * b <= 20:
             answer = f"{NUMBERS[a]} times {NUMBERS[b]} is {NUMBERS[a * b]}."
-            yield Item("arithmetic", sentence(answer), fill(times, a=NUMBERS[a], b=NUMBERS[b]))
+            yield Item("arithmetic", sentence(answer), fill(times, **fields), more=more_ways("times", **fields))
 
 
 def counting() -> Iterator[Item]:
@@ -126,24 +136,30 @@ def counting() -> Iterator[Item]:
         *("Is {b} larger than {a}?", "~Which one is larger, {a} or {b}?"),
     )
     for low, high in itertools.combinations(range(21), 2):
-        ways = fill(larger, a=NUMBERS[low], b=NUMBERS[high])
-        yield Item("counting", sentence(f"{NUMBERS[high]} is larger than {NUMBERS[low]}."), ways, composed=True)
+        fields = {"a": NUMBERS[low], "b": NUMBERS[high]}
+        more = more_ways("larger", **fields)
+        answer = sentence(f"{NUMBERS[high]} is larger than {NUMBERS[low]}.")
+        yield Item("counting", answer, fill(larger, **fields), composed=True, more=more)
     for n in range(20):
         ways = ("What comes after {x}?", "Which number comes after {x}?", "What is the next number after {x}?")
         ways = fill((*ways, "~Tell me the number after {x}."), x=NUMBERS[n])
-        yield Item("counting", sentence(f"{NUMBERS[n + 1]} comes after {NUMBERS[n]}."), ways)
+        more = more_ways("next", x=NUMBERS[n])
+        yield Item("counting", sentence(f"{NUMBERS[n + 1]} comes after {NUMBERS[n]}."), ways, more=more)
         ways = ("What comes before {x}?", "Which number comes before {x}?", "What is the number before {x}?")
         ways = fill((*ways, "~Tell me the number before {x}."), x=NUMBERS[n + 1])
-        yield Item("counting", sentence(f"{NUMBERS[n]} comes before {NUMBERS[n + 1]}."), ways)
+        more = more_ways("previous", x=NUMBERS[n + 1])
+        yield Item("counting", sentence(f"{NUMBERS[n]} comes before {NUMBERS[n + 1]}."), ways, more=more)
     for first, length in itertools.product(range(1, 18), (3, 4, 5)):
         last = first + length - 1
         if last <= 20:
             ends = {"a": NUMBERS[first], "b": NUMBERS[last]}
             row = [NUMBERS[n] for n in range(first, last + 1)]
             ways = ("Count from {a} to {b}.", "Please count from {a} to {b}.", "Can you count from {a} to {b}?")
-            yield Item("counting", sentence(", ".join(row) + "."), fill(ways, **ends), composed=True)
+            more = more_ways("count", **ends)
+            yield Item("counting", sentence(", ".join(row) + "."), fill(ways, **ends), composed=True, more=more)
             ways = ("Count from {b} down to {a}.", "Please count from {b} down to {a}.", "Count down from {b} to {a}.")
-            yield Item("counting", sentence(", ".join(row[::-1]) + "."), fill(ways, **ends), composed=True)
+            more = more_ways("count down", **ends)
+            yield Item("counting", sentence(", ".join(row[::-1]) + "."), fill(ways, **ends), True, more=more)
     for n in range(2, 21):
         kind = ("even", "odd")[n % 2]
         ways = (
@@ -167,10 +183,12 @@ def counting() -> Iterator[Item]:
     for (one, many), a, b in itertools.product(words.COUNTED, range(2, 19), range(1, 10)):
         fields = {"a": NUMBERS[a], "b": NUMBERS[b], "x": many}
         if a + b <= 20:
-            yield Item("problems", f"Then you have {NUMBERS[a + b]} {many}.", fill(ways, **fields), composed=True)
+            answer, more = f"Then you have {NUMBERS[a + b]} {many}.", more_ways("get", **fields)
+            yield Item("problems", answer, fill(ways, **fields), composed=True, more=more)
         if a > b:
             rest = f"{NUMBERS[a - b]} {one if a - b == 1 else many}"
-            yield Item("problems", f"You have {rest} left.", fill(less, **fields), composed=True)
+            more = more_ways("lose", **fields)
+            yield Item("problems", f"You have {rest} left.", fill(less, **fields), composed=True, more=more)
 
 
 def colours() -> Iterator[Item]:
@@ -213,55 +231,68 @@ def calendar() -> Iterator[Item]:
             "Which day follows {x}?",
             "~What day follows {x}?",
         )
-        yield Item("calendar", f"{after} comes after {day}.", fill(ways, x=day))
+        more = more_ways("day after", x=day)
+        yield Item("calendar", f"{after} comes after {day}.", fill(ways, x=day), more=more)
         ways = ("What day comes before {x}?", "Which day comes before {x}?", "~Tell me the day before {x}.")
-        yield Item("calendar", f"{before} comes before {day}.", fill(ways, x=day))
+        more = more_ways("day before", x=day)
+        yield Item("calendar", f"{before} comes before {day}.", fill(ways, x=day), more=more)
         ways = (
             "Today is {x}. What day is tomorrow?",
             "If today is {x}, what is tomorrow?",
             "It is {x}. What is tomorrow?",
         )
-        yield Item("calendar", f"Tomorrow is {after}.", fill(ways, x=day))
+        more = more_ways("tomorrow", x=day)
+        yield Item("calendar", f"Tomorrow is {after}.", fill(ways, x=day), more=more)
         ways = ("Today is {x}. What day was yesterday?", "If today is {x}, what was yesterday?")
-        yield Item("calendar", f"Yesterday was {before}.", fill(ways, x=day))
+        more = more_ways("yesterday", x=day)
+        yield Item("calendar", f"Yesterday was {before}.", fill(ways, x=day), more=more)
         ways = ("Is {x} a weekend day?", "Is {x} on the weekend?", "Do people work on {x}?", "Is {x} a working day?")
         answer = f"{day} is on the weekend." if index > 4 else f"{day} is a working day."
         yield Item("calendar", answer, fill(ways, x=day))
         ways = ("What is the {x} day of the week?", "Which is the {x} day?", "~Name the {x} day of the week.")
-        yield Item("calendar", f"The {words.ORDINALS[index]} day is {day}.", fill(ways, x=words.ORDINALS[index]))
+        nth = words.ORDINALS[index]
+        yield Item("calendar", f"The {nth} day is {day}.", fill(ways, x=nth), more=more_ways("day", x=nth))
     for index, (month, (season, length)) in enumerate(words.MONTHS.items()):
         after, before = months[(index + 1) % 12], months[index - 1]
         ways = ("What month comes after {x}?", "Which month comes after {x}?", "Which month follows {x}?")
-        yield Item("calendar", f"{after} comes after {month}.", fill(ways, x=month))
+        more = more_ways("month after", x=month)
+        yield Item("calendar", f"{after} comes after {month}.", fill(ways, x=month), more=more)
         ways = ("What month comes before {x}?", "Which month comes before {x}?", "~Tell me the month before {x}.")
-        yield Item("calendar", f"{before} comes before {month}.", fill(ways, x=month))
+        more = more_ways("month before", x=month)
+        yield Item("calendar", f"{before} comes before {month}.", fill(ways, x=month), more=more)
         ways = (
             "How many days are in {x}?",
             "How many days has {x}?",
             "How long is {x}?",
             "~How many days does {x} have?",
         )
-        yield Item("calendar", f"{month} has {length} days.", fill(ways, x=month))
+        more = more_ways("days", x=month)
+        yield Item("calendar", f"{month} has {length} days.", fill(ways, x=month), more=more)
         ways = (
             "Which season is {x} in?",
             "In which season is {x}?",
             "What season is it in {x}?",
             "~Tell me the season of {x}.",
         )
-        yield Item("calendar", f"{month} is in the {season}.", fill(ways, x=month))
+        more = more_ways("season", x=month)
+        yield Item("calendar", f"{month} is in the {season}.", fill(ways, x=month), more=more)
         ways = ("What is the {x} month of the year?", "Which is the {x} month?", "~Name the {x} month of the year.")
-        yield Item("calendar", f"The {words.ORDINALS[index]} month is {month}.", fill(ways, x=words.ORDINALS[index]))
+        nth = words.ORDINALS[index]
+        yield Item("calendar", f"The {nth} month is {month}.", fill(ways, x=nth), more=more_ways("month", x=nth))
     for index, season in enumerate(words.SEASONS):
         ways = ("What season comes after {x}?", "Which season comes after {x}?", "Which season follows {x}?")
-        yield Item("calendar", f"After {season} comes {words.SEASONS[(index + 1) % 4]}.", fill(ways, x=season))
+        answer = f"After {season} comes {words.SEASONS[(index + 1) % 4]}."
+        yield Item("calendar", answer, fill(ways, x=season), more=more_ways("season after", x=season))
     for hour, later in itertools.product(range(1, 13), range(1, 7)):
         then = NUMBERS[(hour + later - 1) % 12 + 1]
         fields = {"a": NUMBERS[hour], "b": f"{NUMBERS[later]} hour{'s' if later > 1 else ''}"}
         ways = ("It is {a} o'clock. What time is it in {b}?", "If it is {a} o'clock now, what time is it in {b}?")
-        yield Item("clock", f"In {fields['b']} it is {then} o'clock.", fill(ways, **fields), composed=True)
+        more = more_ways("later", **fields)
+        yield Item("clock", f"In {fields['b']} it is {then} o'clock.", fill(ways, **fields), True, more=more)
         ways = ("It is {a} o'clock. What time was it {b} ago?", "If it is {a} o'clock now, what time was it {b} ago?")
         then = NUMBERS[(hour - later - 1) % 12 + 1]
-        yield Item("clock", f"It was {then} o'clock {fields['b']} ago.", fill(ways, **fields), composed=True)
+        more = more_ways("ago", **fields)
+        yield Item("clock", f"It was {then} o'clock {fields['b']} ago.", fill(ways, **fields), True, more=more)
 
 
 def animals() -> Iterator[Item]:
@@ -396,8 +427,9 @@ def told(generator: random.Random, size: int) -> Iterator[Item]:
             *("{n} found a {c} {x}. What does {n} have?", "I gave {n} a {c} {x}. What does {n} have?"),
             "~{n} has a {c} {x}. Tell me what {n} has.",
         )
-        ways = fill(ways, n=name, c=tint, x=thing)
-        yield Item("has", f"You said that {name} has a {tint} {thing}.", ways, composed=True)
+        fields = {"n": name, "c": tint, "x": thing}
+        ways, more = fill(ways, **fields), more_ways("has", **fields)
+        yield Item("has", f"You said that {name} has a {tint} {thing}.", ways, composed=True, more=more)
     for name, place, day in goes:
         fields = {"n": name, "p": place, "d": day}
         ways = (
@@ -597,7 +629,8 @@ def make_conversations(seed: int, size: int) -> list[dict]:
         list of `dict`: With the fields that the head of this file names.
     """
     rows: dict[tuple, dict] = {}
-    for item in all_items(seed, size):
+    items = all_items(seed, size)
+    for item in items:
         for wording in item.wordings:
             held = held_out(item, wording, seed)
             question = wording.lstrip("~")
@@ -609,8 +642,20 @@ def make_conversations(seed: int, size: int) -> list[dict]:
     random.Random(seed).shuffle(train)
     return [
         {"id": number, "kind": row["kind"], "split": "eval" if row["held"] else "train", **row}
-        for number, row in enumerate(train + evaluation)
+        for number, row in enumerate(train + evaluation + more_wordings(items, rows, seed))
     ]
+
+
+def more_wordings(items: Sequence[Item], known: Mapping[tuple, dict], seed: int) -> list[dict]:
+    """Training conversations in the wordings that are for training alone; `known` has all others, by question."""
+    rows: dict[str, dict] = {}
+    for item in items:
+        if not (item.composed and draw(seed, item.answer) < HELD_OUT):
+            for question in item.more:
+                if (question, None) not in known:
+                    row = {"kind": item.kind, "held": None, "question": question, "answer": item.answer, "scene": None}
+                    rows.setdefault(question, row)
+    return list(rows.values())
 
 
 def choose_evaluation(held: Sequence[dict], train: Sequence[dict], seed: int) -> list[dict]:

@@ -217,7 +217,8 @@ def test_wordings_for_training_alone_are_added_to_the_rest(monkeypatch):
     added = corpus[len(rest) :]
     assert corpus[: len(rest)] == rest
     assert {row["split"] for row in added} == {"train"}
-    assert {row["answer"] for row in added} <= {row["answer"] for row in rest if row["split"] == "train"}
+    assert not {row["answer"] for row in added} & {row["answer"] for row in rest if row["held"] == "answer"}
+    assert not {row["question"] for row in added} & {row["question"] for row in rest}
     assert "Tell me the month after May." in {row["question"] for row in added}
 
 

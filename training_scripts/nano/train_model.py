@@ -142,7 +142,9 @@ STAGES = {
     ),
     "i2t_projector": Stage("a2a", ("i2t",), "vision_proj", encoder="vision_encoder", **PROJECTING),
     # Everything at once, and by far the longest: what was learnt before gives it a start.
-    "i2t": Stage("i2t_projector", ("i2t", "a2a", "t2a"), steps=10_000, rate=1e-3, talker_rate=2.5e-3, **SPEAKING),
+    "i2t": Stage(
+        "i2t_projector", ("i2t", "i2t", "a2a", "a2a", "t2a"), steps=10_000, rate=1e-3, talker_rate=2.5e-3, **SPEAKING
+    ),
 }
 
 

@@ -32,11 +32,13 @@ EXTRAS = {
     "watermark": [WATERMARK],
     # `minimind-o evaluate`: error rates, plots, suites, and a recogniser with its model (38 MB).
     "evaluation": ["jiwer>=4", "matplotlib>=3.8", "pyyaml>=6", "pocketsphinx>=5", "evaluate>=0.4.5"],
+    # `minimind-o export onnx`, and what its graphs run on.
+    "onnx": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23"],
     # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
     "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5", WATERMARK],
 }
-EXTRAS["test"] += EXTRAS["evaluation"]
+EXTRAS["test"] += EXTRAS["evaluation"] + EXTRAS["onnx"]
 EXTRAS["dev"] = [requirement for extra in ("pipeline", "train", "quality", "test") for requirement in EXTRAS[extra]]
 
 setup(

@@ -64,8 +64,22 @@ def _parser() -> argparse.ArgumentParser:
     from .voices_cli import add_arguments as add_voices
 
     add_voices(commands)
+    from .export import add_arguments as add_export
+
+    add_export(commands)
 
     _add_evaluate(commands)
+    publish = commands.add_parser(
+        "publish",
+        help="upload a checkpoint to the Hub",
+        description="Check a checkpoint, add a model card and the code that loads it where this package is not "
+        "installed, and upload it in one commit. After an interruption the same command sends what is missing.",
+    )
+    publish.add_argument("directory", metavar="DIR", help="a complete checkpoint; it is not changed")
+    publish.add_argument("repo_id", metavar="REPO", help="OWNER/NAME on the Hub")
+    publish.add_argument("--private", action="store_true", help="make a private repository")
+    publish.add_argument("--update", action="store_true", help="into a repository that something else filled")
+    publish.add_argument("--dry-run", metavar="OUT", help="write what would be uploaded to the directory OUT instead")
     inspect = commands.add_parser(
         "inspect",
         help="say whether a sound file is marked as AI-generated",
@@ -232,6 +246,16 @@ def _run(options: argparse.Namespace) -> None:
         except ModuleNotFoundError as error:
             raise ValueError(f'{error}: pip install "minimind_o_hf[evaluation]"') from error
         run(options)
+        return
+    if options.command == "export":
+        from .export import run
+
+        print(run(options))
+        return
+    if options.command == "publish":
+        from .publishing import publish
+
+        print(publish(options.directory, options.repo_id, options.private, options.update, options.dry_run))
         return
     if options.command == "inspect":
         from .chat import shown

@@ -430,6 +430,25 @@ class VoiceLibrary:
         self.add(blend)
         return blend
 
+    def push_to_hub(self, repo_id: str, private: bool = False, update: bool = False) -> str:
+        """
+        Publishes the library, with a card that tells each voice's licence and consent, in one commit.
+
+        Args:
+            repo_id (`str`): OWNER/NAME on the Hub.
+            private, update (`bool`, *optional*, default to `False`): As [`publishing.publish`].
+
+        Returns:
+            `str`: The commit's URL.
+
+        Raises:
+            ValueError: There are no voices, the name is none, or something else fills the repository.
+            OSError: The Hub refuses or cannot be reached.
+        """
+        from .publishing import publish_voices
+
+        return publish_voices(self, repo_id, private, update)
+
     def import_file(
         self,
         path: str | os.PathLike,

@@ -4,8 +4,11 @@ Both are stacks of transformers' Qwen3 (or Qwen3-MoE) decoder layers; this file 
 names are the original release's tensor names.
 """
 
+import json
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -20,6 +23,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
@@ -53,6 +57,15 @@ logger = logging.get_logger(__name__)
 register_checkpoint_conversion_mapping(
     MiniMindOConfig.model_type, get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
 )
+
+# What a published config.json names: where the classes are, for machines without this package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_minimind_o.MiniMindOConfig",
+    "AutoModel": "modeling_minimind_o.MiniMindOForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_minimind_o.MiniMindOForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_minimind_o.MiniMindOForConditionalGeneration",
+    "AutoModelForTextToWaveform": "modeling_minimind_o.MiniMindOForConditionalGeneration",
+}
 
 
 @dataclass
@@ -746,6 +759,22 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         model._fill_generation_defaults()
         model.freeze_encoders()  # loading replaces the parameters
         return (model, info) if output_loading_info else model
+
+    def save_code(self, directory: str | os.PathLike) -> None:
+        """
+        Makes a saved checkpoint load where this package is not installed, with `trust_remote_code=True`: adds the
+        files of its classes, and names them in `config.json`. `push_to_hub` does so too.
+        """
+        custom_object_save(self, directory)
+        path = Path(directory) / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["auto_map"] = AUTO_MAP
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        if (Path(working_dir) / "config.json").is_file():  # not where adapters alone are saved
+            self.save_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens

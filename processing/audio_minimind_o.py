@@ -9,10 +9,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torchaudio
 from huggingface_hub import get_session
+
+from .optional_minimind_o import optional_module
+
+soundfile = optional_module("soundfile", "soundfile")
 
 AudioSource = str | os.PathLike | bytes | np.ndarray | torch.Tensor | Sequence[float]
 

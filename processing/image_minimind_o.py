@@ -3,17 +3,22 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
 from transformers.image_utils import load_image as load_remote_image
 
-ImageSource = str | os.PathLike | bytes | PIL.Image.Image | np.ndarray | torch.Tensor
+from .optional_minimind_o import optional_module
+
+pillow = optional_module("PIL.Image", "pillow")
+image_ops = optional_module("PIL.ImageOps", "pillow")
+
+# Any: `PIL.Image.Image`, where pillow is installed.
+ImageSource = str | os.PathLike | bytes | np.ndarray | torch.Tensor | Any
 
 
-def load_image(source: ImageSource) -> PIL.Image.Image | np.ndarray | torch.Tensor:
+def load_image(source: ImageSource) -> Any:
     """Return one picture as the image processor takes it.
 
     Args:
@@ -39,23 +44,23 @@ def load_image(source: ImageSource) -> PIL.Image.Image | np.ndarray | torch.Tens
         name = os.fspath(source)[:200]
     elif isinstance(source, (bytes, bytearray, memoryview)):
         name = f"the {len(source)} bytes passed as a picture"
-    elif isinstance(source, PIL.Image.Image):
+    elif isinstance(source, pillow.Image):
         name = "the PIL image"
     else:
         raise ValueError(f"cannot read a picture from a {type(source).__name__}")
     try:
         if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
             return load_remote_image(source)
-        if isinstance(source, PIL.Image.Image):
+        if isinstance(source, pillow.Image):
             image = source
         else:
             data = Path(source).read_bytes() if isinstance(source, (str, os.PathLike)) else bytes(source)
-            image = PIL.Image.open(io.BytesIO(data))
-        image = PIL.ImageOps.exif_transpose(image)
+            image = pillow.open(io.BytesIO(data))
+        image = image_ops.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip to white
             image = image.point(lambda value: value / 256).convert("L")
         return image.convert("RGB")
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):
         raise
     except Exception as error:  # a broken file raises SyntaxError, ValueError, struct.error, ... by its format
         raise OSError(f"{name} is no readable picture: {error}") from error

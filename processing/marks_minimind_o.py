@@ -6,7 +6,9 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import soundfile
+from .optional_minimind_o import optional_module
+
+soundfile = optional_module("soundfile", "soundfile")
 
 TITLE = "AI-generated speech"
 PACKAGE = "minimind_o_hf"
@@ -34,9 +36,9 @@ def make_mark(model: str | None = None, voice: str | None = None) -> dict[str, A
     return {"ai_generated": True, "model": model, "voice": voice, "date": now, "software": software}
 
 
-def write_mark(file: soundfile.SoundFile, mark: dict[str, Any]) -> None:
-    """Puts a mark into a file that is open for writing, before any sound: INFO fields of a WAV, comments of FLAC and
-    OGG."""
+def write_mark(file: Any, mark: dict[str, Any]) -> None:
+    """Puts a mark into a `soundfile.SoundFile` that is open for writing, before any sound: INFO fields of a WAV,
+    comments of FLAC and OGG."""
     file.title = TITLE
     file.software = mark["software"]
     file.date = mark["date"]

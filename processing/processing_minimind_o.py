@@ -3,23 +3,25 @@
 import contextlib
 import copy
 import inspect
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, MimiModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import _MARKED_RE, OmniModalProcessorMixin
 from transformers.utils.hub import cached_file
-from transformers.utils.import_utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available, is_vision_available
 
-from .audio_minimind_o import AudioSource, load_audio, split_clips
+from .audio_minimind_o import AudioSource, load_audio, soundfile, split_clips
 from .chat_template_minimind_o import CHAT_TEMPLATE
 from .feature_extraction_minimind_o import MiniMindOFeatureExtractor
 from .image_minimind_o import ImageSource, load_image, split_images
@@ -44,6 +46,11 @@ IMAGE_PROCESSOR_DEFAULTS = {
 SUBTYPES = {"WAV": "PCM_16", "FLAC": "PCM_16", "OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}
 AUDIO_TOKENIZER_FOLDER = "audio_tokenizer"
 AUDIO_TOKENIZER_KEY = "audio_tokenizer_subfolder"
+# What a published processor_config.json names: where its classes are, for machines without this package.
+AUTO_MAP = {
+    "AutoProcessor": "processing_minimind_o.MiniMindOProcessor",
+    "AutoFeatureExtractor": "feature_extraction_minimind_o.MiniMindOFeatureExtractor",
+}
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -141,6 +148,12 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         self.audio_token_id = self._token_id(self.audio_token)
         self.image_token_id = self._token_id(self.image_token)
 
+    def check_argument_for_proper_class(self, argument_name, argument):
+        # Without pillow transformers has no image processors, and the settings of one are kept.
+        if argument_name != "image_processor" or is_vision_available():
+            return super().check_argument_for_proper_class(argument_name, argument)
+        return ImageProcessingMixin
+
     def _token_id(self, token: str) -> int:
         ids = self.tokenizer.get_added_vocab()
         if token not in ids:
@@ -221,6 +234,8 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         text_kwargs: Any = dict(kwargs.pop("text_kwargs", None) or {})
         if "padding_side" not in kwargs:
             text_kwargs.setdefault("padding_side", "left")
+        if pictures and not is_vision_available():
+            raise ImportError("pictures need another package here: pip install pillow")
         loaded: Any = [load_image(picture) for picture in pictures] or None
         outputs = super().__call__(
             images=loaded,
@@ -492,7 +507,7 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         sampling_rate: int | None = None,
         model: str | None = None,
         voice: str | None = None,
-    ) -> Iterator[soundfile.SoundFile]:
+    ) -> Iterator[Any]:
         """
         Open an audio file to write generated sound into as it comes, marked as `save_audio` marks it. The file appears
         when the block ends, and not where it ends with an exception.
@@ -574,6 +589,22 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return files
 
+    def save_code(self, directory: str | os.PathLike) -> None:
+        """
+        Makes a saved processor load where this package is not installed, with `trust_remote_code=True`: adds the
+        files of its classes, and names them in `processor_config.json`. `push_to_hub` does so too.
+        """
+        custom_object_save(self, directory)
+        path = Path(directory) / "processor_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for part in (config, config["feature_extractor"]):
+            part["auto_map"] = AUTO_MAP
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        self.save_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
         r"""
@@ -621,7 +652,9 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         else:
             feature_extractor = MiniMindOFeatureExtractor()
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-        if "image_processor" in config:
+        if not is_vision_available():
+            image_processor = ImageProcessingMixin(**config.get("image_processor", {}))  # the settings alone
+        elif "image_processor" in config:
             image_processor = AutoImageProcessor.from_pretrained(path, **kwargs)
         else:
             image_processor = default_image_processor()
@@ -692,7 +725,7 @@ def _write_audio(waveform, path: Path, sampling_rate: int, mark: dict[str, Any] 
 
 
 @contextlib.contextmanager
-def _open_audio(path: Path, sampling_rate: int, mark: dict[str, Any] | None) -> Iterator[soundfile.SoundFile]:
+def _open_audio(path: Path, sampling_rate: int, mark: dict[str, Any] | None) -> Iterator[Any]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     file_format = path.suffix[1:].upper()

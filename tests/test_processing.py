@@ -794,7 +794,8 @@ def test_the_saved_code_runs_without_the_package(processor, tmp_path, monkeypatc
     processor.save_pretrained(tmp_path / "model")
     names = {path.stem for path in (tmp_path / "model").glob("*.py")}
     assert names == {
-        f"{name}_minimind_o" for name in ("audio", "chat_template", "image", "marks", "voices", "processing")
+        f"{name}_minimind_o"
+        for name in ("audio", "chat_template", "image", "marks", "optional", "voices", "processing")
     } | {"feature_extraction_minimind_o"}
     program = """
 import sys

@@ -14,7 +14,7 @@ from transformers.utils.import_utils import is_peft_available
 
 from .conversation import MAX_POSITIONS, Conversation
 from .modeling import MiniMindOForConditionalGeneration
-from .packaged import default_checkpoint, introduce_nano
+from .packaged import choose_checkpoint
 from .processing import MiniMindOProcessor
 from .voices import VoiceLibrary
 from .watermark import Watermark
@@ -71,13 +71,8 @@ def load(
         device (`str`), dtype (`str`, *optional*): Where and in which precision the model runs.
         adapter (`str`, *optional*): An adapter to merge into the model; needs PEFT.
     """
-    if model_id is None:
-        print(
-            f"No --model given: using {introduce_nano()}",
-            file=sys.stderr,
-        )
-        model_id = str(default_checkpoint())
-    elif not Path(model_id).exists() and "/" not in model_id:
+    model_id = choose_checkpoint(model_id)
+    if not Path(model_id).exists() and "/" not in model_id:
         raise FileNotFoundError(f"There is no directory {model_id}, and a Hub id has the form OWNER/NAME.")
     model: Any = AutoModelForMultimodalLM.from_pretrained(model_id, dtype=dtype or "auto")
     if adapter is not None:

@@ -177,14 +177,10 @@ def _add_evaluate(commands: Any) -> None:
 
 def _run_data(options: argparse.Namespace) -> None:
     from .modeling import MiniMindOConfig
+    from .packaged import choose_checkpoint
     from .processing import MiniMindOProcessor
 
-    model = options.model
-    if model is None:
-        from .packaged import default_checkpoint
-
-        print("No --model given: using the tokenizer, codec and sizes of nano, a toy.", file=sys.stderr)
-        model = str(default_checkpoint())
+    model = choose_checkpoint(options.model, "the tokenizer, codec and sizes of nano, a toy.")
     config: Any = MiniMindOConfig.from_pretrained(model)
     processor = MiniMindOProcessor.from_pretrained(model, load_audio_tokenizer=options.action != "check")
     if options.action == "build":

@@ -107,21 +107,15 @@ class _CodecStep(nn.Module):
 
     def __init__(self, codec: MimiModel):
         super().__init__()
-        self.codec = codec
+        self.codec = codec  # its parameters are the graph's
         self.decoder = MimiStreamingDecoder(codec)
 
     def forward(self, inputs: Tensors) -> list[torch.Tensor]:
-        decoder: Any = self.codec.decoder
-        run = self.decoder._run
         tensors = {name.removeprefix("state."): value for name, value in inputs.items() if name.startswith("state.")}
         positions: Any = tensors.pop("positions")
-        state, new = MimiStreamState(positions, tensors), {}
-        hidden_states = self.codec.quantizer.decode(inputs["codes"])
-        if decoder.upsample is not None:
-            hidden_states = run([decoder.upsample], "upsample", hidden_states, state, new)
-        hidden_states, positions = self.decoder._attend(decoder.decoder_transformer, hidden_states, state, new)
-        hidden_states = run(decoder.decoder_seanet.layers, "seanet", hidden_states, state, new)
-        return [hidden_states.squeeze(1), positions, *(new[name] for name in tensors)]
+        codes: Any = inputs["codes"]
+        waveform, state = self.decoder.step(codes, MimiStreamState(positions, tensors))
+        return [waveform, state.positions, *(state.tensors[name] for name in tensors)]
 
 
 class _AudioEncoder(nn.Module):

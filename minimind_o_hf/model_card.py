@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from .modeling import MiniMindOForConditionalGeneration
 from .processing.voices_minimind_o import VOICES_NAME
 from .training_report import SECTION as TRAINING_SECTION
-from .training_report import _is_hub_id
+from .training_report import is_hub_id
 from .voices import Voice, VoiceLibrary
 
 # In the card's metadata: what was published with this package may be replaced by it.
@@ -89,7 +89,7 @@ def build_card(folder: Path, repo_id: str, model: MiniMindOForConditionalGenerat
     data.library_name, data.pipeline_tag = "transformers", "any-to-any"
     data.license = data.license or _licence(str(origin.get("licence", "")))
     data.language = data.language or _languages(voices)
-    data.base_model = data.base_model or (base if _is_hub_id(base) else None)
+    data.base_model = data.base_model or (base if is_hub_id(base) else None)
     _mark(data)
     sections = [
         USE.format(repo_id=repo_id, voice=f', voice="{min(voices)}"' if voices else ""),

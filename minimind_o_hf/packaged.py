@@ -1,6 +1,7 @@
 """The checkpoint that the package carries, and what a checkpoint's folder holds beside its model."""
 
 import json
+import sys
 from pathlib import Path
 
 SPEAKER_ENCODER = "speaker_encoder"
@@ -35,6 +36,23 @@ def introduce_nano() -> str:
     )
 
 
+def choose_checkpoint(model: str | None, using: str | None = None) -> str:
+    """
+    What `--model` names; the package's nano where nothing is named, which is then said on stderr.
+
+    Args:
+        model (`str`, *optional*): Directory or Hub id.
+        using (`str`, *optional*): What of nano is used; what nano is, by default.
+
+    Returns:
+        `str`: directory or Hub id.
+    """
+    if model is not None:
+        return model
+    sys.stderr.write(f"No --model given: using {using or introduce_nano()}\n")
+    return str(default_checkpoint())
+
+
 def speaker_encoder_of(checkpoint: str | None) -> str | None:
     """
     A checkpoint's own speaker encoder.
@@ -66,6 +84,7 @@ def held_out_voices_of(checkpoint: str | None) -> Path | None:
 __all__ = [
     "HELD_OUT_VOICES",
     "SPEAKER_ENCODER",
+    "choose_checkpoint",
     "default_checkpoint",
     "held_out_voices_of",
     "introduce_nano",

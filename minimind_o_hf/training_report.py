@@ -247,7 +247,7 @@ def write_training_report(
         temporary.write_text(text, encoding="utf-8")
 
 
-def _is_hub_id(name: Any) -> bool:
+def is_hub_id(name: Any) -> bool:
     """Whether it is the form of a Hub id and no directory that is here."""
     return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
@@ -255,7 +255,7 @@ def _is_hub_id(name: Any) -> bool:
 def _new_card(settings: Mapping[str, Any]) -> str:
     base = settings.get("base model")
     if "adapter" in settings:
-        named = f"base_model: {json.dumps(base)}\n" if _is_hub_id(base) else ""
+        named = f"base_model: {json.dumps(base)}\n" if is_hub_id(base) else ""
         return (
             f"---\nlibrary_name: peft\n{named}tags: [minimind-o, lora]\n---\n"
             f"# An adapter for MiniMind-O\n\nA LoRA adapter for `{base}`. Load it with `PeftModel.from_pretrained` on "
@@ -269,4 +269,4 @@ def _new_card(settings: Mapping[str, Any]) -> str:
     )
 
 
-__all__ = ["SampleCallback", "describe_training", "plot_training_curves", "write_training_report"]
+__all__ = ["SampleCallback", "describe_training", "is_hub_id", "plot_training_curves", "write_training_report"]

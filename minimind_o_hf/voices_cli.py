@@ -110,14 +110,10 @@ def _library(options: argparse.Namespace):
 
 
 def _processor(options: argparse.Namespace):
+    from .packaged import choose_checkpoint
     from .processing import MiniMindOProcessor
 
-    model = options.model
-    if model is None:
-        from .packaged import default_checkpoint
-
-        print("No --model given: using the codec of nano, a toy.", file=sys.stderr)
-        model = str(default_checkpoint())
+    model = choose_checkpoint(options.model, "the codec of nano, a toy.")
     processor = MiniMindOProcessor.from_pretrained(model)
     if processor.audio_tokenizer is None:
         raise ValueError(f"{model} has no codec: give another --model, or attach one (`minimind-o convert --codec`).")

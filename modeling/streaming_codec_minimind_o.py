@@ -261,8 +261,10 @@ class MimiStreamingDecoder(_MimiStream):
             )
         if codes.shape[1] > self.codec.config.num_quantizers:
             raise ValueError(f"`codes` have {codes.shape[1]} codebooks, the codec {self.codec.config.num_quantizers}.")
-        codes = codes.long()
-        state = self.initial_state(len(codes)) if state is None else state
+        return self.step(codes.long(), self.initial_state(len(codes)) if state is None else state)
+
+    def step(self, codes: torch.LongTensor, state: MimiStreamState) -> tuple[torch.FloatTensor, MimiStreamState]:
+        """What a call does, without its checks of values, which a traced graph cannot hold."""
         new: dict[str, torch.Tensor] = {}
         decoder = self.codec.decoder
         hidden_states = self.codec.quantizer.decode(codes)

@@ -24,7 +24,7 @@ from minimind_o_hf.cli import main as minimind_o
 from minimind_o_hf.evaluation.tables import EMBEDDED
 from minimind_o_hf.files import new_file
 
-WIDTHS = {"full": 192, "two-thirds": 128, "half": 96}
+WIDTHS = {"full": 192, "2/3": 128, "1/2": 96}  # by their names in the table
 STEPS = 1000
 
 
@@ -73,8 +73,7 @@ def write_table(work: Path, path: Path) -> None:
     for row in table["rows"]:
         if "checkpoint" in row:
             kind, width = row["name"].split()
-            name = {"full": "full", "2/3": "two-thirds", "1/2": "half"}[width]
-            row["checkpoint"] = str(work / "ablation" / f"{kind.lower()}-{name}" / "model")
+            row["checkpoint"] = str(work / "ablation" / f"{kind.lower()}-{WIDTHS[width]}" / "model")
     with new_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(table, sort_keys=False), encoding="utf-8")
 
@@ -90,8 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         if use_moe:
             start(work, "ablation/moe-start", None, use_moe=True)
             run(work, thinker, replace(STAGES["lm"], before="ablation/moe-start"), quick)
-        for width, size in WIDTHS.items():
-            name = f"ablation/{kind}-{width}"
+        for size in WIDTHS.values():
+            name = f"ablation/{kind}-{size}"
             start(work, f"{name}-start", thinker, use_moe=use_moe, talker_hidden_size=size)
             stage = replace(STAGES["t2a"], before=f"{name}-start", mode="talker", steps=options.steps)
             run(work, name, stage, quick, speaks=True)

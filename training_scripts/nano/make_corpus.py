@@ -649,12 +649,11 @@ def make_conversations(seed: int, size: int) -> list[dict]:
 def more_wordings(items: Sequence[Item], known: Mapping[tuple, dict], seed: int) -> list[dict]:
     """Training conversations in the wordings that are for training alone; `known` has all others, by question."""
     rows: dict[str, dict] = {}
-    for item in items:
-        if not (item.composed and draw(seed, item.answer) < HELD_OUT):
-            for question in item.more:
-                if (question, None) not in known:
-                    row = {"kind": item.kind, "held": None, "question": question, "answer": item.answer, "scene": None}
-                    rows.setdefault(question, row)
+    ways = [(item, question) for item in items for question in item.more]
+    for item, question in ways:
+        if (question, None) not in known and held_out(item, question, seed) != "answer":
+            row = {"kind": item.kind, "held": None, "question": question, "answer": item.answer, "scene": None}
+            rows.setdefault(question, row)
     return list(rows.values())
 
 

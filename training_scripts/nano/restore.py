@@ -8,14 +8,14 @@ inputs than those it had empties its folder and trains anew.
 """
 
 import copy
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from stages import stage_arguments, write_json
+from minimind_o_hf.processing.voices_minimind_o import load_voices
+from safetensors.torch import save_file
+from stages import read_json, stage_arguments, write_json
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from minimind_o_hf import default_checkpoint
@@ -52,7 +52,7 @@ def restore(source: Path, work: Path) -> None:
         source (`Path`): A checkpoint that `finish_model.py` has made.
         work (`Path`): Of all stages; finished stages that stand there are kept.
     """
-    stages = json.loads((source / "provenance.json").read_text(encoding="utf-8"))["stages"]
+    stages = read_json(source / "provenance.json")["stages"]
     model = AutoModelForMultimodalLM.from_pretrained(source)
     processor = AutoProcessor.from_pretrained(source)
     for name in PARTS:
@@ -63,8 +63,8 @@ def restore(source: Path, work: Path) -> None:
         with new_directory(folder) as temporary:
             write_part(name, source, model, processor, temporary / "model")
             if name == "speaker_encoder":
-                voices = load_file(source / "voices.safetensors")
-                embeddings = {key.partition(".")[0]: value for key, value in voices.items() if key.endswith("spk_emb")}
+                voices = load_voices(source / "voices.safetensors")
+                embeddings = {voice: parts["spk_emb"] for voice, parts in voices.items()}
                 with new_file(temporary / "voices.safetensors") as path:
                     save_file(embeddings, path)
             known = stages[name]

@@ -271,7 +271,7 @@ def test_answers_are_spoken_in_one_voice_before_any_is_in_a_second_one(corpus):
     train, _ = make_speech.plan_answers(corpus, 0)
     distinct = len({row["text"] for row in train})
     assert len({row["text"] for row in train[:distinct]}) == distinct
-    assert len({(row["text"], row["voice"]) for row in train}) == len(train)
+    assert len({(row["text"], row["voice"]) for row in train}) == len(train) == len(make_speech.VOICES) * distinct
 
 
 @needs_flite
@@ -538,6 +538,20 @@ def test_answers_are_rows_of_codes_in_a_voice_that_has_said_them(spoken_row):
     assert spoken_row["spk_emb"] == [0, 1, 2, 3]
     turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
     assert json.loads(spoken_row["conversations"]) == turns
+
+
+def test_every_recording_is_learnt_from_and_voices_take_turns(conversation):
+    codes = {(text, voice): np.zeros((8, 2), int) for text in ("One.", "Two.") for voice in ("awb", "rms", "slt")}
+    voices = {
+        name: {"ref_codes": torch.zeros(8, 3), "spk_emb": torch.tensor([float(index)])}
+        for index, name in enumerate(("awb", "rms", "slt"))
+    }
+    asked = [{**conversation, "id": number, "answer": "One."} for number in range(6)]
+    rows = build_data.make_rows([*asked, {**conversation, "id": 6}], codes, voices)
+    assert [row["conversation"]["id"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 6, 6]
+    assert [row["again"] for row in rows] == [False] * 7 + [True] * 2
+    assert Counter(row["spk_emb"][0] for row in rows[:6]) == {0.0: 2, 1.0: 2, 2.0: 2}
+    assert {row["spk_emb"][0] for row in rows[6:]} == {0.0, 1.0, 2.0}
 
 
 def test_questions_are_asked_aloud_and_pictures_shown(spoken_row, conversation, tmp_path):

@@ -10,8 +10,9 @@ WORK/text gets text_train.parquet and text_eval.parquet, conversations without s
     i2t_train.parquet       written questions about pictures, spoken answers
     voices.safetensors      the voices: codes of a recording, and an embedding
 
-An answer is spoken in one of the voices that have recorded it, chosen by a hash of the conversation; a question about
-a scene is put with one of its pictures.
+An answer that several conversations share is spoken in turn by the voices that have recorded it. Written questions of
+training come once more where a voice is left, so that every recording is learnt from. A question about a scene is put
+with one of its pictures.
 """
 
 import json
@@ -37,7 +38,7 @@ from minimind_o_hf.data.building import SCHEMA, encode_speech
 from minimind_o_hf.data.samples import IMAGE_MARK
 from minimind_o_hf.files import new_file
 
-VERSION = 1
+VERSION = 2
 CODEBOOKS = 8
 REFERENCE_FRAMES = (24, 36)  # two to three seconds
 BATCH = 256  # recordings encoded at a time
@@ -75,28 +76,34 @@ def choose(conversation: dict, options: Sequence[Any]) -> Any:
 
 def make_rows(conversations: Iterable[dict], codes: dict[tuple[str, str], np.ndarray], voices: dict) -> list[dict]:
     """
-    Rows with spoken answers, each with its conversation as `conversation`.
+    Rows with spoken answers, each with its conversation as `conversation`, and whether it is there for its voice alone
+    as `again`.
 
     Args:
         conversations (list of `dict`): Of the corpus; those whose answer nobody has recorded are left out.
         codes (`dict`): Of the answers, by text and voice.
         voices (`dict`): See `make_voices`.
     """
-    by_text = defaultdict(list)
+    recorded, asked = defaultdict(list), defaultdict(list)
     for text, voice in codes:
         if voice in voices:
-            by_text[text].append(voice)
-    rows = []
+            recorded[text].append(voice)
     for conversation in conversations:
-        answer = conversation["answer"]
-        if by_text[answer]:
-            voice = choose(conversation, sorted(by_text[answer]))
+        asked[conversation["answer"]].append(conversation)
+    rows = []
+    for answer, those in asked.items():
+        names = sorted(recorded[answer])
+        first = zlib.crc32(answer.encode())  # otherwise rare answers would all be in the same voice
+        for number in range(max(len(those), len(names)) if names else 0):
+            conversation = those[number % len(those)]
+            voice = names[(first + number) % len(names)]
             row = {
                 "answer_audios": [codes[answer, voice].T.reshape(-1).tolist()],
                 "ref_audios": voices[voice]["ref_codes"].T.reshape(-1).tolist(),
                 "spk_emb": voices[voice]["spk_emb"].tolist(),
             }
-            rows.append({"conversation": conversation, **text_row(conversation), **row})
+            again = number >= len(those)
+            rows.append({"conversation": conversation, "again": again, **text_row(conversation), **row})
     return rows
 
 
@@ -176,12 +183,13 @@ def build_speech(work: Path, folder: Path) -> dict[str, int]:
     figures = {}
     for split, conversations in read_conversations(work).items():
         spoken = make_rows(conversations, codes, voices)
-        scenes = [row for row in spoken if row["conversation"]["scene"]]
-        t2a = [row for row in spoken if not row["conversation"]["scene"]]
+        once = [row for row in spoken if not row["again"]]
+        scenes = [row for row in once if row["conversation"]["scene"]]
+        t2a = [row for row in (spoken if split == "train" else once) if not row["conversation"]["scene"]]
         drawn = [row for row in pictures if row["split"] == split]
         for name, rows in {
             "t2a": t2a,
-            "a2a": ask_aloud(t2a, recorded),
+            "a2a": ask_aloud([row for row in t2a if not row["again"]], recorded),
             "i2t": show_pictures(scenes, drawn, work / "pictures"),
         }.items():
             figures[f"{name} {split}"] = write(folder / f"{name}_{split}.parquet", rows)

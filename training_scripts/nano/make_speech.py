@@ -1,6 +1,6 @@
 """Speaks the nano corpus with flite: the answers, and the questions.
 
-    python training_scripts/nano/make_speech.py WORK            (about 20 minutes on one core)
+    python training_scripts/nano/make_speech.py WORK            (about 30 minutes on two cores)
     python training_scripts/nano/make_speech.py WORK --quick
 
 It needs the program `flite` with its voices (Debian, Ubuntu: apt install flite). Three voices are trained on; the
@@ -9,10 +9,10 @@ fourth, kal16, speaks only what is evaluated. WORK/speech gets
     answers.jsonl, questions.jsonl    `text`, `voice`, `split`, `kind`, `seconds` and `path` of each recording
     answers/VOICE/, questions/VOICE/  FLAC, 16 kHz, mono
 
-Training answers are spoken in one voice each, then in a second and a third, until the budget is used up: those of the
-closed domain before the sentences to repeat. Training questions are spoken in one voice each; what is evaluated, in
-all four. Every recording begins with 80 ms of silence, ends with 80 to 160 ms, lasts a whole number of 80 ms frames
-and is equally loud: so the same words give nearly the same codes.
+Training answers are spoken in one voice each, then in a second and a third, those of the closed domain before the
+sentences to repeat; training questions in one voice each; what is evaluated, in all four. The default budgets are
+enough for all; smaller ones leave out the last. Every recording begins with 80 ms of silence, ends with 80 to 160 ms,
+lasts a whole number of 80 ms frames and is equally loud: so the same words give nearly the same codes.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from stages import new_plot, read_lines, run_stage, save_plot, stage_arguments, 
 from minimind_o_hf.data.building import speak
 from minimind_o_hf.files import new_file
 
-VERSION = 1
+VERSION = 2
 VOICES = ("slt", "rms", "awb")
 HELD_OUT_VOICE = "kal16"
 TTS = "flite -voice {voice} -t {{text}} -o {{out}}"
@@ -119,8 +119,9 @@ def plan_answers(conversations: Sequence[dict], evaluated: int) -> tuple[list[di
     repeated = [row for row in train if row["kind"] == "repeat"]
     known = {row["text"] for row in train}
     new = [row for row in distinct(conversations, "answer", "eval") if row["text"] not in known]
-    ordered = [*in_voices(closed, 1), *in_voices(repeated, 1), *list(in_voices(closed, 3))[len(closed) :]]
-    return ordered, in_all_voices(new[:evaluated])
+    first = [*in_voices(closed, 1), *in_voices(repeated, 1)]
+    further = [row for rows in (closed, repeated) for row in list(in_voices(rows, len(VOICES)))[len(rows) :]]
+    return first + further, in_all_voices(new[:evaluated])
 
 
 def plan_questions(conversations: Sequence[dict], evaluated: int) -> tuple[list[dict], list[dict]]:
@@ -189,15 +190,15 @@ def plot_lengths(rows: dict[str, list[dict]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Speaks answers and questions."""
     parser = stage_arguments(__doc__)
-    parser.add_argument("--minutes", type=float, help="of training answers (default: 400, quick: 2)")
-    parser.add_argument("--question-minutes", type=float, help="of training questions (default: 700, quick: 1)")
+    parser.add_argument("--minutes", type=float, help="of training answers (default: 1200, quick: 2)")
+    parser.add_argument("--question-minutes", type=float, help="of training questions (default: 2000, quick: 1)")
     options = parser.parse_args(arguments)
     if not shutil.which("flite"):
         sys.exit("There is no program 'flite' to speak with: install it (Debian, Ubuntu: apt install flite).")
     settings = {
         "version": VERSION,
-        "minutes": options.minutes or (2 if options.quick else 400),
-        "question minutes": options.question_minutes or (1 if options.quick else 700),
+        "minutes": options.minutes or (2 if options.quick else 1200),
+        "question minutes": options.question_minutes or (1 if options.quick else 2000),
         "evaluated": 8 if options.quick else 240,
     }
     corpus = options.work / "corpus"

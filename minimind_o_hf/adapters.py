@@ -1,18 +1,43 @@
-"""LoRA adapters for the Thinker, the Talker or both, with PEFT."""
+"""LoRA adapters for the Thinker, the Talker or both, with PEFT: made, looked at, merged and published."""
 
+import json
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 
 try:
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 except ImportError as error:
     raise ImportError('Adapters need PEFT: pip install "minimind_o_hf[train]"') from error
 
-from .modeling import MiniMindOForConditionalGeneration
+from .files import new_directory, new_file
+from .model_card import build_adapter_card, build_merged_card
+from .modeling import MiniMindOForConditionalGeneration, check_base, describe_base, read_base
+from .modeling.adapters_minimind_o import BASE_NAME
+from .processing import MiniMindOProcessor
+from .processing.voices_minimind_o import VOICES_NAME
+from .publishing import CHECKPOINT_FILES, check_answer, check_name, upload
+from .training_report import is_hub_id
+from .voices import Voice, VoiceLibrary
 
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, BASE_NAME, VOICES_NAME, "README.md", "training_curves.png")
+# Of a checkpoint, what tells of its weights, or is them.
+_OF_WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?|README\.md|provenance\.json|training_curves\.png")
+
+PARTS: dict[str, str] = {"model": "Thinker", "talker": "Talker"}
 PRESETS = ("thinker", "talker", "all")
 _LAYERS = r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
 _STACKS = {"thinker": "model", "talker": "talker", "all": "(?:model|talker)"}
@@ -59,6 +84,215 @@ def lora_config(
     )
 
 
+class MiniMindOAdapted(PeftModelForCausalLM):
+    """
+    A `PeftModel` of MiniMind-O, which [`get_peft_model`] makes: beside an adapter that it saves, or pushes to the Hub,
+    it writes which model the adapter belongs to.
+    """
+
+    def __init__(self, model: MiniMindOForConditionalGeneration, peft_config: Any, *args, **kwargs):
+        self._base = describe_base(model)  # now, while it is whole: training may spread it over processes
+        super().__init__(model, peft_config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str, *args, **kwargs) -> None:
+        """As [`PeftModel.save_pretrained`], with `base_model.json`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            _write_base(Path(save_directory), self._base)
+
+
+def get_peft_model(
+    model: MiniMindOForConditionalGeneration, config: LoraConfig, adapter_name: str = "default", **kwargs
+) -> MiniMindOAdapted:
+    """
+    As [`peft.get_peft_model`]; the adapter's configuration names the base and, where that is from the Hub, its commit.
+
+    Args:
+        model ([`MiniMindOForConditionalGeneration`]): The base; it is changed.
+        config ([`LoraConfig`]): Such as [`lora_config`] makes.
+        adapter_name (`str`, defaults to `"default"`): The adapter's name.
+        **kwargs: Further arguments of [`peft.PeftModel`].
+    """
+    base = describe_base(model)
+    config.base_model_name_or_path, config.revision = base["name"], base["revision"]
+    return MiniMindOAdapted(model, config, adapter_name, **kwargs)
+
+
+def _write_base(folder: Path, base: dict[str, Any]) -> None:
+    with new_file(folder / BASE_NAME) as temporary:
+        temporary.write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+
+
+def carry_voices(voices: VoiceLibrary, directory: str | os.PathLike) -> None:
+    """Puts voices beside an adapter, with their licences and consents; `ValueError` where there are none."""
+    if not voices.voices():
+        raise ValueError(f"{voices.path} holds no voices: add one first, or leave them out.")
+    with new_file(Path(directory) / VOICES_NAME) as temporary:
+        shutil.copyfile(voices.path, temporary)
+
+
+# ---- what an adapter is ----
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """
+    What an adapter says of itself.
+
+    Args:
+        adapter (`str`): Its directory or Hub id.
+        folder (`Path`): Where its files are.
+        base (`str`, *optional*), revision (`str`, *optional*): The model that it was trained on.
+        has_probe (`bool`): Whether another base of the same sizes would be told apart.
+        method (`str`), rank (`int`, *optional*), alpha (`float`, *optional*): PEFT's method and its settings.
+        parts (`dict[str, int]`): Numbers of its parameters, by the part of the model that they change.
+        whole (`list[str]`): Modules that were trained as a whole.
+        voices (`dict[str, Voice]`): What it carries.
+    """
+
+    adapter: str
+    folder: Path
+    base: str | None
+    revision: str | None
+    has_probe: bool
+    method: str
+    rank: int | None
+    alpha: float | None
+    parts: dict[str, int]
+    whole: list[str] = field(default_factory=list)
+    voices: dict[str, Voice] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        size = sum(self.parts.values())
+        changed = ", ".join(f"{part} {count:,}" for part, count in self.parts.items())
+        rank = f", rank {self.rank}, alpha {self.alpha:g}" if self.rank and self.alpha is not None else ""
+        lines = [
+            f"{self.adapter}: {self.method}{rank}, {size:,} parameters ({changed})",
+            f"base: {self.base or 'not stated'}" + (f", revision {self.revision}" if self.revision else ""),
+        ]
+        lines += [f"trained whole: {', '.join(self.whole)}"] if self.whole else []
+        lines += [f"voice {name}: {voice.licence or 'no licence stated'}" for name, voice in self.voices.items()]
+        if not self.has_probe:
+            lines.append(f"It has no {BASE_NAME}: another base of the same sizes cannot be told from its own.")
+        return "\n".join(lines)
+
+
+def read_adapter(adapter: str | os.PathLike, **kwargs) -> AdapterInfo:
+    """
+    Looks at an adapter, without its base.
+
+    Args:
+        adapter (`str` or `os.PathLike`): Directory or Hub id.
+        **kwargs: `revision`, `token`, `cache_dir` ... as for `snapshot_download`.
+
+    Raises:
+        FileNotFoundError: There is no such directory.
+        OSError: The Hub cannot be reached.
+        ValueError: It is no adapter, holds pickles in place of safetensors, or is damaged.
+    """
+    folder = _fetch(adapter, ADAPTER_FILES, **kwargs)
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{adapter} is no adapter: it has no {CONFIG_NAME}.")
+    if not (folder / WEIGHTS_NAME).is_file():
+        pickled = ", but a pickle, which can run code" if (folder / "adapter_model.bin").is_file() else ""
+        raise ValueError(f"{adapter} has no {WEIGHTS_NAME}{pickled}: save it again with PEFT, which writes one.")
+    base = read_base(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    parts: dict[str, int] = {}
+    try:
+        with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                key = str(name).removeprefix("base_model.model.").partition(".")[0]
+                part = PARTS.get(key, key)
+                tensor: torch.Tensor = file.get_tensor(name)
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{adapter} holds NaN or infinite values, in {name}: train it again.")
+                parts[part] = parts.get(part, 0) + tensor.numel()
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_NAME} is damaged ({error}): save or download it again.") from error
+    return AdapterInfo(
+        adapter=os.fspath(adapter),
+        folder=folder,
+        base=base["name"],
+        revision=base["revision"],
+        has_probe=base["probe"] is not None,
+        method=str(config.get("peft_type", "unknown")),
+        rank=config.get("r"),
+        alpha=config.get("lora_alpha"),
+        parts=parts,
+        whole=config.get("modules_to_save") or [],
+        voices=VoiceLibrary(folder / VOICES_NAME).voices(),
+    )
+
+
+def _fetch(source: str | os.PathLike, patterns: Any, **kwargs) -> Path:
+    """The directory of something that is here or on the Hub."""
+    name = os.fspath(source)
+    if os.path.isdir(name):
+        return Path(name)
+    if not is_hub_id(name):
+        raise FileNotFoundError(f"There is no directory {name}, and a Hub id has the form OWNER/NAME.")
+    return Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
+
+
+# ---- using ----
+
+
+def put_on(
+    model: MiniMindOForConditionalGeneration,
+    processor: MiniMindOProcessor,
+    adapters: Sequence[str | os.PathLike],
+    merge: bool = False,
+) -> MiniMindOForConditionalGeneration:
+    """
+    Puts adapters on a model, and their voices into its processor. The first one is on; [`switch_adapter`] switches.
+
+    Args:
+        model ([`MiniMindOForConditionalGeneration`]): The base; it is changed.
+        processor ([`MiniMindOProcessor`]): Its processor; it is changed.
+        adapters (list of `str` or `os.PathLike`): Directories or Hub ids; each is known by the last part of its name.
+        merge (`bool`, defaults to `False`): Merge all of them into the model.
+
+    Raises:
+        ValueError: One is no adapter, belongs to another model, or two have one name.
+        OSError: One is not there.
+    """
+    for adapter in adapters:
+        info = read_adapter(adapter)
+        if merge:
+            model = merge_adapter(model, info.folder)
+        else:
+            # PEFT makes it part of a module's name.
+            name = re.sub(r"\W+", "-", Path(os.fspath(adapter)).resolve().name)
+            model.load_adapter(str(info.folder), name)
+        processor.load_voices(info.folder)
+    if adapters and not merge:
+        switch_adapter(model, next(iter(model.peft_config)))
+    return model
+
+
+def switch_adapter(model: MiniMindOForConditionalGeneration, name: str | None) -> None:
+    """
+    Has the model use one of its loaded adapters; None for the model as it is without.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    loaded = list(getattr(model, "peft_config", {}))
+    if name is not None and name not in loaded:
+        raise ValueError(f"There is no adapter {name!r}: {', '.join(loaded) or 'none'} is loaded.")
+    if not loaded:
+        return
+    if name is None:
+        model.disable_adapters()
+    else:
+        model.set_adapter(name)
+        model.enable_adapters()
+
+
+# ---- merging ----
+
+
 def merge_adapter(
     model: MiniMindOForConditionalGeneration, adapter: str | os.PathLike, **kwargs
 ) -> MiniMindOForConditionalGeneration:
@@ -71,11 +305,12 @@ def merge_adapter(
         **kwargs: Further arguments of [`PeftModel.from_pretrained`].
 
     Raises:
-        ValueError: It is no adapter, or one of a model of other sizes.
+        ValueError: It is no adapter, or one of another model; both are named.
     """
     if not os.path.isdir(adapter) and os.fspath(adapter).count("/") != 1:
         raise FileNotFoundError(f"There is no directory {adapter}, and a Hub id has the form OWNER/NAME.")
     refused = f"The adapter {adapter} cannot be put on {model.name_or_path or 'this model'}"
+    check_base(model, adapter, **kwargs)
     try:
         merged: Any = PeftModel.from_pretrained(model, os.fspath(adapter), **kwargs)
         saved = load_peft_weights(os.fspath(adapter), device="cpu")
@@ -93,4 +328,168 @@ def merge_adapter(
     return merged.merge_and_unload()
 
 
-__all__ = ["PRESETS", "get_peft_model", "lora_config", "merge_adapter"]
+def merge_checkpoint(
+    adapter: str | os.PathLike,
+    directory: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """
+    Makes a complete checkpoint of an adapter and its base. What the adapter does not change stays byte for byte what
+    it is in the base: tensors, encoders, codec, processor, generation config and voices; the adapter's voices join
+    them.
+
+    Args:
+        adapter (`str` or `os.PathLike`): Directory or Hub id.
+        directory (`str` or `os.PathLike`): The directory to make.
+        base (`str` or `os.PathLike`, *optional*): The base; what the adapter names by default.
+        dtype (`torch.dtype`, *optional*): Of the model's weights; the base's by default. Merged is in float32.
+        overwrite (`bool`, defaults to `False`): Replace a checkpoint that stands there.
+
+    Returns:
+        `Path`: The directory.
+
+    Raises:
+        ValueError: The adapter or its base do not pass, or it was trained on another model.
+        OSError: The base is not there, or the disk is full.
+    """
+    info = read_adapter(adapter)
+    source, revision = _base_of(info, base)
+    folder = _fetch(source, ["*.json", "*.safetensors", "*.jinja", "*/*.json", "*/*.safetensors"], revision=revision)
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    kept = [
+        file
+        for file in files
+        if CHECKPOINT_FILES.fullmatch(file.as_posix()) and not _OF_WEIGHTS.fullmatch(file.as_posix())
+    ]
+    own_dtype = _dtype_of(folder)
+    with new_directory(directory, overwrite) as made:
+        model: Any = MiniMindOForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model.config.name_or_path = os.fspath(source)
+        merged: Any = merge_adapter(model, info.folder)
+        merged.to(dtype or own_dtype).save_pretrained(made)
+        for file in kept:
+            if dtype is None or file.as_posix() != "config.json":  # which names the dtype
+                (made / file).parent.mkdir(exist_ok=True)
+                shutil.copyfile(folder / file, made / file)
+        with _library(made) as library:
+            for voice in info.voices.values():
+                library.add(voice, overwrite=True)
+        card = build_merged_card(folder, Path(directory).name, os.fspath(source), os.fspath(adapter))
+        (made / "README.md").write_text(card, encoding="utf-8")
+    return Path(directory)
+
+
+def _dtype_of(folder: Path) -> torch.dtype:
+    """That of a checkpoint's weights; `ValueError` where it has none in safetensors."""
+    if not (files := sorted(folder.glob("model*.safetensors"))):
+        raise ValueError(f"{folder} holds no model in safetensors: make a checkpoint of it (`minimind-o convert`).")
+    with safe_open(files[0], "pt") as file:
+        return file.get_tensor(min(file.keys())).dtype
+
+
+@contextmanager
+def _library(folder: Path) -> Iterator[VoiceLibrary]:
+    """A directory's voices, to be changed."""
+    library = VoiceLibrary(folder / VOICES_NAME)
+    yield library
+    for lock in folder.glob(f".{VOICES_NAME}*.lock"):
+        lock.unlink()
+
+
+def _base_of(info: AdapterInfo, base: str | os.PathLike | None) -> tuple[str, str | None]:
+    """The base to load, and its revision."""
+    if base is not None:
+        return os.fspath(base), None
+    if info.base is None:
+        raise ValueError(f"{info.adapter} does not say which model it belongs to: name it (`--model`).")
+    if not os.path.isdir(info.base) and not is_hub_id(info.base):
+        raise FileNotFoundError(f"{info.adapter} belongs to {info.base}, which is not there: name it (`--model`).")
+    return info.base, info.revision if is_hub_id(info.base) else None
+
+
+# ---- publishing ----
+
+
+def publish_adapter(
+    adapter: str | os.PathLike,
+    repo_id: str,
+    base: str | None = None,
+    voices: VoiceLibrary | None = None,
+    private: bool = False,
+    update: bool = False,
+    dry_run: str | os.PathLike | None = None,
+) -> str:
+    """
+    Publishes an adapter: puts it on its base and has it answer, adds a card, and uploads it in one commit. The
+    repository names the base and its commit, and carries the adapter's voices. What a training left beside the adapter
+    stays where it is.
+
+    Args:
+        adapter (`str` or `os.PathLike`): Its directory; it is not changed.
+        repo_id (`str`): OWNER/NAME on the Hub; made where it is not there.
+        base (`str`, *optional*): Hub id of the base; what the adapter names by default.
+        voices ([`VoiceLibrary`], *optional*): Voices to carry, in place of those that lie beside the adapter.
+        private, update, dry_run: As [`publishing.publish`].
+
+    Returns:
+        `str`: The commit's URL, or the directory of a dry run.
+
+    Raises:
+        ValueError: The adapter does not pass, its base is not on the Hub, or is another. Nothing is uploaded then.
+        OSError: The base cannot be had, or the Hub refuses. No commit is made then.
+    """
+    check_name(repo_id)
+    info = read_adapter(adapter)
+    source = base or info.base
+    if source is None or not is_hub_id(source):
+        raise ValueError(
+            f"The base of {adapter} is {source or 'not stated'}, which nobody else has: publish it (`minimind-o "
+            "publish`), and name it (`--base OWNER/NAME`)."
+        )
+    revision = info.revision if source == info.base else None
+    pinned: dict[str, Any] = {"revision": revision} if revision else {}
+    model: Any = MiniMindOForConditionalGeneration.from_pretrained(source, **pinned)
+    processor = MiniMindOProcessor.from_pretrained(source, **pinned)
+    described = describe_base(model)
+    with tempfile.TemporaryDirectory(prefix="minimind-o-") as scratch:
+        target = Path(scratch) / "staged" if dry_run is None else Path(dry_run)
+        with new_directory(target) as staged:
+            for name in ADAPTER_FILES:
+                if (info.folder / name).is_file():
+                    shutil.copyfile(info.folder / name, staged / name)
+            if voices is not None:
+                carry_voices(voices, staged)
+            merge_adapter(model, staged)
+            for voice in VoiceLibrary(staged / VOICES_NAME).voices().values():
+                if not voice.consent or not voice.licence:
+                    raise ValueError(f"The voice {voice.name!r} of {adapter} states no consent or no licence.")
+            processor.load_voices(staged)
+            check_answer(model, processor)
+            config = json.loads((staged / CONFIG_NAME).read_text(encoding="utf-8"))
+            config |= {"base_model_name_or_path": described["name"], "revision": described["revision"]}
+            (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _write_base(staged, described)
+            about = str(replace(read_adapter(staged), adapter=repo_id))
+            card = build_adapter_card(staged, repo_id, described["name"], described["revision"], about)
+            (staged / "README.md").write_text(card, encoding="utf-8")
+        if dry_run is not None:
+            return str(dry_run)
+        return upload(target, repo_id, private, update, message="Upload MiniMind-O adapter")
+
+
+__all__ = [
+    "PRESETS",
+    "AdapterInfo",
+    "MiniMindOAdapted",
+    "carry_voices",
+    "get_peft_model",
+    "lora_config",
+    "merge_adapter",
+    "merge_checkpoint",
+    "publish_adapter",
+    "put_on",
+    "read_adapter",
+    "switch_adapter",
+]

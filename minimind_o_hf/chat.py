@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from .watermark import Watermark
 HELP = """\
 Type a message, or one of:
   /audio FILE    send speech with the next message     /image FILE   send a picture with it
-  /voice NAME    answer in another voice               /reset        forget the conversation
-  /send          send without typing anything          /quit         leave (also Ctrl-D)"""
+  /voice NAME    answer in another voice               /adapter NAME switch to another adapter, or to none
+  /send          send without typing anything          /reset        forget the conversation
+  /quit          leave (also Ctrl-D)"""
 
 
 def shown(text: str) -> str:
@@ -34,7 +35,13 @@ def shown(text: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `minimind-o chat`."""
     parser.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: nano, a toy)")
-    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter trained on the model: directory or Hub id")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="LoRA adapter trained on the model: directory or Hub id (repeatable, for /adapter)",
+    )
     parser.add_argument("--text", metavar="T", help="what to say; with --audio or --image, said along with them")
     parser.add_argument(
         "--audio", metavar="FILE", action="append", default=[], help="speech to listen to (repeatable)"
@@ -61,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(
-    model_id: str | None, device: str, dtype: str | None, adapter: str | None = None
+    model_id: str | None, device: str, dtype: str | None, adapters: Sequence[str] = (), merge: bool = True
 ) -> tuple[MiniMindOForConditionalGeneration, MiniMindOProcessor]:
     """
     Loads a checkpoint's model and processor.
@@ -69,23 +76,25 @@ def load(
     Args:
         model_id (`str`, *optional*): Directory or Hub id; the package's nano by default.
         device (`str`), dtype (`str`, *optional*): Where and in which precision the model runs.
-        adapter (`str`, *optional*): An adapter to merge into the model; needs PEFT.
+        adapters (list of `str`): Adapters to put on the model, with their voices; they need PEFT.
+        merge (`bool`, defaults to `True`): Merge them into the model, which is faster; or keep them apart, to switch.
     """
     model_id = choose_checkpoint(model_id)
     if not Path(model_id).exists() and "/" not in model_id:
         raise FileNotFoundError(f"There is no directory {model_id}, and a Hub id has the form OWNER/NAME.")
     model: Any = AutoModelForMultimodalLM.from_pretrained(model_id, dtype=dtype or "auto")
-    if adapter is not None:
+    processor = AutoProcessor.from_pretrained(model_id)
+    if adapters:
         if not is_peft_available():
             raise ValueError("--adapter needs PEFT: pip install peft")
-        from .adapters import merge_adapter
+        from .adapters import put_on
 
-        model = merge_adapter(model, adapter)
+        model = put_on(model, processor, adapters, merge)
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    return model.eval(), AutoProcessor.from_pretrained(model_id)
+    return model.eval(), processor
 
 
 def check(options: argparse.Namespace, processor: MiniMindOProcessor) -> None:
@@ -202,6 +211,13 @@ def converse(conversation: Conversation, options: argparse.Namespace, read: Call
                 check_voice(argument or None, conversation.processor)
                 options.voice = conversation.voice = argument or None
                 print(f"Voice: {options.voice or 'none'}")
+            elif command == "/adapter":
+                if not options.adapter:
+                    raise ValueError("no adapter is loaded: name some with --adapter")
+                from .adapters import switch_adapter
+
+                switch_adapter(conversation.model, argument or None)
+                print(f"Adapter: {argument or 'none'}")
             elif command.startswith("/") and command != "/send":
                 print(HELP)
             elif line and (line != "/send" or any(attached.values())):
@@ -222,12 +238,17 @@ def run(options: argparse.Namespace) -> None:
     """Runs `minimind-o chat` with parsed options."""
     if options.seed is not None:
         set_seed(options.seed)
-    model, processor = load(options.model, options.device, options.dtype, options.adapter)
+    is_conversation = options.text is None and not options.audio and not options.image
+    if len(options.adapter) > 1 and not is_conversation:
+        raise ValueError(
+            "A single answer has one adapter: give --adapter once, or leave --text out for a conversation."
+        )
+    model, processor = load(options.model, options.device, options.dtype, options.adapter, not is_conversation)
     check(options, processor)
     # Room for the longest answer that is asked for, and for what it is asked after.
     room = max(MAX_POSITIONS, (options.max_new_tokens or 0) + MAX_POSITIONS // 2)
     conversation = Conversation(model, processor, system=options.system, voice=options.voice, max_positions=room)
-    if options.text is None and not options.audio and not options.image:
+    if is_conversation:
         converse(conversation, options)
         return
     answer(conversation, content(options.text, options.audio, options.image), options, Path(options.out))

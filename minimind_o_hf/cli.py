@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     from .voices_cli import add_arguments as add_voices
 
     add_voices(commands)
+    from .adapters_cli import add_arguments as add_adapter
+
+    add_adapter(commands)
     from .export import add_arguments as add_export
 
     add_export(commands)
@@ -242,6 +245,11 @@ def _run(options: argparse.Namespace) -> None:
         except ModuleNotFoundError as error:
             raise ValueError(f'{error}: pip install "minimind_o_hf[evaluation]"') from error
         run(options)
+        return
+    if options.command == "adapter":
+        from .adapters_cli import run
+
+        print(run(options))
         return
     if options.command == "export":
         from .export import run

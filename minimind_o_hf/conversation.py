@@ -21,6 +21,7 @@ from .modeling import (
     MiniMindOForConditionalGeneration,
     MiniMindOGenerateOutput,
     MiniMindOStreamEvent,
+    adapters_in_use,
     stream_answers,
 )
 from .modeling.streaming_minimind_o import FRAME_SECONDS, check_codec, iterate_async
@@ -66,7 +67,8 @@ class _Turn:
 class Conversation:
     """
     Several turns with a model. Keys and values of what was said before are kept, so that a turn costs its own length
-    and not the whole conversation's; what is answered is what a model that reads it all anew would answer.
+    and not the whole conversation's; what is answered is what a model that reads it all anew would answer. Adapters of
+    the model may be switched between turns: the next turn then reads all of it with what is on.
 
     Args:
         model ([`MiniMindOForConditionalGeneration`]): The model.
@@ -113,6 +115,7 @@ class Conversation:
     def _forget_cache(self) -> None:
         self._cache = MiniMindOCache(self.model.config)
         self._cached = torch.zeros(0, dtype=torch.long)
+        self._cached_with: tuple = ()  # adapters
         # Where each turn begins: the same placeholders may stand for other clips.
         self._cached_turns: list[tuple[int, _Turn]] = []
 
@@ -327,6 +330,9 @@ class Conversation:
                 f"`max_positions` ({self.max_positions}): shorten it, or raise `max_positions`."
             )
         self._kept = kept
+        if self._cached_with != (adapters := adapters_in_use(self.model)):
+            self._forget_cache()
+            self._cached_with = adapters
         shared = self._shared(prompt, turns)
         self._cache.crop_to(shared)
         self._cached, self._cached_turns = prompt[:shared], turns

@@ -45,12 +45,31 @@ LIMITS = """## Limits
 * It knows the languages, the voices and the subjects of its training data, and little else. Noise, accents, crosstalk
   and unclear pictures make it mishear and misread.
 * A clip of speech may last 122 s. Its own speech is what a small codec gives, and words can be left out or repeated.
+"""
 
-## Responsible use
+RESPONSIBLE = """## Responsible use
 
 * Clone and use voices only of people who agreed to it, and for what they agreed to. Do not impersonate anybody.
 * Tell listeners that they hear a machine. `save_audio` marks files as AI-generated; leave the mark in.
 * Do not let it decide, and do not rely on it, in matters of health, law, money or safety.
+"""
+
+ADAPTER_USE = """## Use it
+
+```python
+import minimind_o_hf  # pip install minimind_o_hf[train]
+from peft import PeftModel
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+model = AutoModelForMultimodalLM.from_pretrained("{base}"{revision})
+processor = AutoProcessor.from_pretrained("{base}"{revision})
+model = PeftModel.from_pretrained(model, "{repo_id}")
+print(processor.load_voices("{repo_id}"))  # those that it carries
+```
+
+or `model.load_adapter("{repo_id}", "NAME")` on the model itself, which refuses an adapter of another model, holds
+several adapters, and switches between them (`model.set_adapter("NAME")`). `minimind-o adapter merge {repo_id} DIR`
+makes a checkpoint of the two.
 """
 
 VOICES_USE = """```python
@@ -98,11 +117,70 @@ def build_card(folder: Path, repo_id: str, model: MiniMindOForConditionalGenerat
         _evaluation(origin),
         "## Voices\n\n" + _voice_table(voices) if voices else "",
         LIMITS.format(parameters=_millions(model)),
+        RESPONSIBLE,
     ]
+    card.text = _with_section(card.text, sections)
+    return str(card)
+
+
+def _with_section(text: str, sections: Iterable[str]) -> str:
+    """A card's text with our section, in the place of one that is there."""
     body = "\n".join(section for section in sections if section)
-    before, _, rest = card.text.partition(SECTION[0])
+    before, _, rest = text.partition(SECTION[0])
     after = rest.partition(SECTION[1])[2].strip()
-    card.text = f"{before.rstrip()}\n\n{SECTION[0]}\n{body}{SECTION[1]}\n" + (f"\n{after}\n" if after else "")
+    return f"{before.rstrip()}\n\n{SECTION[0]}\n{body}{SECTION[1]}\n" + (f"\n{after}\n" if after else "")
+
+
+def build_adapter_card(folder: Path, repo_id: str, base: str, revision: str | None, about: str) -> str:
+    """
+    The `README.md` of an adapter: the one that its training left, with metadata completed, and a section of what it
+    is; PEFT's form to be filled in is replaced.
+
+    Args:
+        folder (`Path`): The adapter; its `README.md` and `voices.safetensors` are read.
+        repo_id (`str`): Where it is published.
+        base (`str`), revision (`str`, *optional*): Hub id and commit of its base.
+        about (`str`): What it says of itself.
+    """
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if not any(mark in text for mark in (TRAINING_SECTION[0], SECTION[0])):
+        text = f"# {repo_id.partition('/')[2]}\n\nAn adapter for MiniMind-O.\n"
+    card = _parse(text)
+    voices = VoiceLibrary(folder / VOICES_NAME).voices()
+    data: Any = card.data
+    data.library_name, data.pipeline_tag, data.base_model = "peft", "any-to-any", base
+    data.base_model_relation = "adapter"
+    data.language = data.language or _languages(voices)
+    data.tags = ["lora", *(data.tags or [])]
+    _mark(data)
+    stated = f', revision="{revision}"' if revision else ""
+    sections = [
+        ADAPTER_USE.format(repo_id=repo_id, base=base, revision=stated),
+        f"## What it is\n\n```\n{about}\n```\n",
+        "## Voices\n\n" + _voice_table(voices) if voices else "",
+        RESPONSIBLE,
+    ]
+    card.text = _with_section(card.text, sections)
+    return str(card)
+
+
+def build_merged_card(folder: Path, name: str, base: str, adapter: str) -> str:
+    """The `README.md` of a checkpoint that an adapter was merged into; `folder` is its base's."""
+    readme = folder / "README.md"
+    card = _parse(readme.read_text(encoding="utf-8") if readme.is_file() else "")
+    data: Any = card.data
+    data.library_name, data.pipeline_tag = "transformers", "any-to-any"
+    data.base_model = [id for id in (base, adapter) if is_hub_id(id)] or None
+    data.tags = sorted({"minimind-o", *(data.tags or [])})
+    if MARKER in data.to_dict():
+        delattr(data, MARKER)
+    # A published card should not tell of this machine's folders.
+    names = [source if is_hub_id(source) else Path(source).resolve().name for source in (base, adapter)]
+    card.text = (
+        f"# {name}\n\nMiniMind-O: `{names[0]}` with the adapter `{names[1]}` merged into it. What is known of "
+        "the base's training and figures holds for the base.\n"
+    )
     return str(card)
 
 
@@ -218,4 +296,4 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-__all__ = ["MARKER", "build_card", "build_voices_card"]
+__all__ = ["MARKER", "build_adapter_card", "build_card", "build_merged_card", "build_voices_card"]

@@ -73,7 +73,7 @@ def publish(
         ValueError: A name that is none, a checkpoint or a repository that does not pass. Nothing is uploaded then.
         OSError: The disk is full, or the Hub refuses or cannot be reached. No commit is made then.
     """
-    _check_name(repo_id)
+    check_name(repo_id)
     if dry_run is not None:
         return str(stage(directory, repo_id, dry_run))
     with tempfile.TemporaryDirectory(prefix="minimind-o-") as scratch:
@@ -84,7 +84,7 @@ def publish(
 def publish_voices(library: VoiceLibrary, repo_id: str, private: bool = False, update: bool = False) -> str:
     """Publishes a library of voices with a card that tells their licences and consents; arguments, result and errors
     as [`publish`]."""
-    _check_name(repo_id)
+    check_name(repo_id)
     with tempfile.TemporaryDirectory(prefix="minimind-o-") as scratch:
         staged = Path(scratch)
         if not (voices := library.voices()):
@@ -121,7 +121,7 @@ def stage(directory: str | os.PathLike, repo_id: str, target: str | os.PathLike)
         try:
             model, processor = _load(staged)
             _check_fit(model, processor)
-            _check_answer(model, processor)
+            check_answer(model, processor)
             card = build_card(staged, repo_id, model)
         except Exception as error:  # what a broken file makes of itself depends on where it is broken
             reason = str(error).replace(str(staged), str(folder))
@@ -209,7 +209,7 @@ def _check_fit(model: MiniMindOForConditionalGeneration, processor: MiniMindOPro
         )
 
 
-def _check_answer(model: MiniMindOForConditionalGeneration, processor: MiniMindOProcessor) -> None:
+def check_answer(model: MiniMindOForConditionalGeneration, processor: MiniMindOProcessor) -> None:
     """Has it answer a few tokens, aloud; what fails there raises."""
     chat = [{"role": "user", "content": "Hello"}]
     inputs: Any = processor.apply_chat_template(
@@ -279,7 +279,7 @@ def upload(folder: Path, repo_id: str, private: bool, update: bool, message: str
     return str(commit.commit_url)
 
 
-def _check_name(repo_id: str) -> None:
+def check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
         if repo_id.count("/") != 1:

@@ -1,18 +1,22 @@
 """Fine-tuning every part of MiniMind-O with the Hugging Face Trainer, the speech side too."""
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import is_tensorboard_available
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from .checkpoints import WholeCheckpoints
 from .data import EpochSampler, MiniMindODataCollator, MiniMindODataset, MiniMindOIterableDataset
-from .modeling import MiniMindOForConditionalGeneration
+from .modeling import MiniMindOForConditionalGeneration, describe_base
+from .modeling.adapters_minimind_o import BASE_NAME
 from .sharding import ShardedTraining
 
 logger = logging.get_logger(__name__)
@@ -198,6 +202,10 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
             # Only these know their lengths without building every sample.
             args.train_sampling_strategy = "random"
         self._model_config: Any = model.config
+        # Now, while every process has it whole.
+        adapted: Any = model
+        base = adapted.get_base_model() if hasattr(model, "get_base_model") else model
+        self._base = describe_base(base) if hasattr(model, "peft_config") else None
         if args.stop_weight is not None:
             model.config.audio_stop_weight = args.stop_weight
         super().__init__(model, args, **kwargs)
@@ -209,6 +217,16 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
         self._counts = self._zeros()
         self._evaluated = self._zeros()
         self._summed_steps: set[int] = set()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        # The settings, pickled; nothing reads them.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self._base is not None:
+            (folder / BASE_NAME).write_text(json.dumps(self._base, indent=2) + "\n", encoding="utf-8")
 
     def _zeros(self) -> dict[str, torch.Tensor]:
         return defaultdict(lambda: torch.zeros((), device=self.args.device))

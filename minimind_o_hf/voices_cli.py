@@ -85,7 +85,13 @@ def add_arguments(commands: Any) -> None:
     say.add_argument("--language", default="en", help="of the prompt, en or zh (default: %(default)s)")
     say.add_argument("--prompt", metavar="P", help="what asks for the text, with a field {text}")
     say.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: nano, a toy)")
-    say.add_argument("--adapter", metavar="DIR", help="LoRA adapter trained on the model: directory or Hub id")
+    say.add_argument(
+        "--adapter",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="LoRA adapter trained on the model: directory or Hub id",
+    )
     say.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     say.add_argument("--seed", type=int, metavar="N", help="make the speech reproducible")
     say.add_argument("--max-new-tokens", type=int, metavar="N", help="longest speech, in steps of 80 ms")

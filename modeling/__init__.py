@@ -6,6 +6,7 @@ if __name__ == "modeling":
     # class.
     raise ImportError("Import minimind_o_hf.modeling: the folder `modeling` is part of that package.")
 
+from .adapters_minimind_o import adapters_in_use, check_base, describe_base, read_base
 from .cache_minimind_o import MiniMindOCache
 from .configuration_campplus import CamPlusPlusConfig
 from .configuration_minimind_o import MiniMindOConfig
@@ -48,8 +49,12 @@ __all__ = [
     "MiniMindOStreamer",
     "MiniMindOTalkerModel",
     "MiniMindOThinkerModel",
+    "adapters_in_use",
     "apply_delay_pattern",
+    "check_base",
+    "describe_base",
     "place_voice",
+    "read_base",
     "revert_delay_pattern",
     "stream_answers",
     "stream_answers_async",

@@ -4,9 +4,11 @@ Both are stacks of transformers' Qwen3 (or Qwen3-MoE) decoder layers; this file 
 names are the original release's tensor names.
 """
 
+import importlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,8 +46,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.hub import resolve_revision
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .adapters_minimind_o import BASE_NAME, check_base, describe_base
 from .cache_minimind_o import MiniMindOCache
 from .configuration_minimind_o import MiniMindOConfig
 from .generation_minimind_o import MiniMindOGenerationMixin
@@ -694,6 +698,12 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             ValueError: Tensors are missing or have another shape.
             OSError: A weights file cannot be read.
         """
+        path = pretrained_model_name_or_path
+        where = {
+            name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
+        }
+        if (revision := resolve_revision(path, **where)) is not None:
+            kwargs["revision"] = revision
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -756,6 +766,8 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 output_loading_info=output_loading_info,
                 **{**kwargs, "dtype": torch.float32},
             )
+        # transformers no longer keeps the commit; an adapter names its base's.
+        model.config._commit_hash = getattr(revision, "resolved", revision)
         model._fill_generation_defaults()
         model.freeze_encoders()  # loading replaces the parameters
         return (model, info) if output_loading_info else model
@@ -770,6 +782,73 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         config = json.loads(path.read_text(encoding="utf-8"))
         config["auto_map"] = AUTO_MAP
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
+        """
+        As [`~integrations.PeftAdapterMixin.load_adapter`]; of an adapter that cannot be put on, nothing is left.
+
+        Raises:
+            ValueError: The adapter was trained on another model; both are named.
+        """
+        name = adapter_name or "default"
+        if name in "lora_":
+            raise ValueError(f"PEFT cannot tell an adapter named {name!r} from its own tensors: give another name.")
+        if peft_model_id is not None:
+            check_base(self, peft_model_id, **{**kwargs, **(kwargs.get("adapter_kwargs") or {})})
+        loaded, adapters = self._hf_peft_config_loaded, set(getattr(self, "peft_config", {}))
+        before, active = set(self.state_dict()), self.active_adapters() if adapters else []
+        # Its report takes what other adapters and the model itself hold for missing, where a name has "lora" in it.
+        report = logging.get_logger("transformers.integrations.peft")
+        level = report.level
+        report.setLevel("ERROR")
+        try:
+            found = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+            found.missing_keys = {
+                key for key in found.missing_keys - before if not re.search(r"\.(base_layer|original_module)\.", key)
+            }
+            if found.missing_keys or found.unexpected_keys:
+                some = sorted({*found.missing_keys, *found.unexpected_keys})
+                raise ValueError(
+                    f"{len(some)} tensors of the adapter {peft_model_id} are missing or have no place in "
+                    f"{self.name_or_path or 'this model'}, among them {some[0]}: load the model it was trained on."
+                )
+            return found
+        except Exception as error:
+            if name not in adapters and name in getattr(self, "peft_config", {}):
+                self.delete_adapter(name)
+                self._hf_peft_config_loaded = loaded
+                if active:
+                    self.set_adapter(active)
+            if "ignore_mismatched_sizes" in str(error):
+                raise ValueError(
+                    f"The adapter {peft_model_id} has tensors of other sizes than those of "
+                    f"{self.name_or_path or 'this model'}: load the model it was trained on."
+                ) from error
+            raise
+        finally:
+            report.setLevel(level)
+
+    def set_adapter(self, adapter_name: list[str] | str) -> None:
+        """As [`~integrations.PeftAdapterMixin.set_adapter`]; adapters may differ in the modules they train whole."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if not self._hf_peft_config_loaded or set(names) - set(self.peft_config):
+            super().set_adapter(adapter_name)  # which says what is wrong
+        # By name: transformers refuses remote code whose imports it cannot find.
+        importlib.import_module("peft.functional").set_adapter(self, adapter_name)
+
+    def enable_adapters(self) -> None:
+        """As [`~integrations.PeftAdapterMixin.enable_adapters`], which forgets the modules that were trained whole."""
+        super().enable_adapters()
+        for module in self.modules():
+            if hasattr(module, "modules_to_save") and hasattr(module, "enable_adapters"):
+                module.enable_adapters(enabled=True)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As [`PreTrainedModel.save_pretrained`]; adapters that are loaded are saved alone, with their base's name."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self._hf_peft_config_loaded and (Path(save_directory) / "adapter_config.json").is_file():
+            base = json.dumps(describe_base(self), indent=2) + "\n"
+            (Path(save_directory) / BASE_NAME).write_text(base, encoding="utf-8")
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         if (Path(working_dir) / "config.json").is_file():  # not where adapters alone are saved

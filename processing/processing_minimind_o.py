@@ -168,6 +168,27 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
         """Put a voice among `voices`, in place of one of that name; `ValueError` where it does not suit the model."""
         self.voices[check_voice_name(name)] = self._check_voice(voice, f"voice {name!r}")
 
+    def load_voices(self, source: str | os.PathLike, **kwargs) -> list[str]:
+        """
+        Put the voices that an adapter or another checkpoint carries among `voices`, in place of those of their names.
+
+        Args:
+            source (`str` or `os.PathLike`): Directory or Hub id, with or without a `voices.safetensors`.
+            **kwargs: `revision`, `token`, `cache_dir` ... as for `from_pretrained`.
+
+        Returns:
+            `list[str]`: their names.
+
+        Raises:
+            ValueError: One of them does not suit the model; none is put then.
+            OSError: There is no such source, or its file is damaged.
+        """
+        file = cached_file(source, VOICES_NAME, **kwargs, _raise_exceptions_for_missing_entries=False)
+        found = load_voices(file) if file else {}
+        checked = {check_voice_name(name): self._check_voice(found[name], f"voice {name!r}") for name in found}
+        self.voices |= checked
+        return sorted(checked)
+
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "reference_codes", "speaker_embeddings"]

@@ -157,6 +157,17 @@ class _Handler(BaseHTTPRequestHandler):
             },
         )
 
+    def tree(self, name, revision, body):
+        if self.hub.repositories.get(name) is None:
+            self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return
+        files = self.hub.repositories[name].files
+        listed = [
+            {"type": "file", "path": path, "size": len(files[path]), "oid": hashlib.sha1(files[path]).hexdigest()}
+            for path in sorted(files)
+        ]
+        self._send(200, json.dumps(listed).encode())
+
     def validate(self, body):
         self._send(200, {"errors": [], "warnings": []})
 
@@ -259,6 +270,7 @@ ROUTES = [
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.validate),
     (rf"GET /api/models/{NAME}(/revision/[\w.-]+)?", _Handler.info),
+    (rf"GET /api/models/{NAME}/tree/([\w.-]+)", _Handler.tree),
     (rf"POST /api/models/{NAME}/preupload/([\w.-]+)", _Handler.preupload),
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     (r"PUT /lfs/(\w+)", _Handler.lfs_put),

@@ -1,12 +1,31 @@
-"""LoRA adapters: they train, are saved small, load onto a fresh base, and merge into the same voice."""
+"""LoRA adapters: they train, are saved small with what tells their base and voices, load onto it alone, switch while a
+conversation goes on, and merge into the same voice."""
+
+import itertools
+import json
+import re
+import shutil
 
 import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from minimind_o_hf import MiniMindOForConditionalGeneration
-from minimind_o_hf.adapters import lora_config
+from minimind_o_hf import Conversation, MiniMindOForConditionalGeneration, Voice, VoiceLibrary, default_checkpoint
+from minimind_o_hf.adapters import (
+    carry_voices,
+    get_peft_model,
+    lora_config,
+    merge_adapter,
+    merge_checkpoint,
+    put_on,
+    read_adapter,
+    switch_adapter,
+)
+from minimind_o_hf.cli import main
+from minimind_o_hf.publishing import publish
 from minimind_o_hf.trainer import MiniMindOTrainer, MiniMindOTrainingArguments
 
 
@@ -87,3 +106,346 @@ def test_bad_presets():
         lora_config("ears")
     with pytest.raises(ValueError, match="train_codec"):
         lora_config("thinker", train_codec=True)
+
+
+# --- Adapters of the package's nano: their base, their voices, several on one model, merging
+
+
+def nano():
+    return AutoModelForMultimodalLM.from_pretrained(default_checkpoint())
+
+
+def changed(seed, **settings):
+    """nano with an adapter that changes something."""
+    torch.manual_seed(seed)
+    model = get_peft_model(nano(), lora_config("all", rank=2, init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def voice_library(path, name="me", **notes):
+    library = VoiceLibrary(path)
+    notes = {"language": "en", "licence": "CC0-1.0", "consent": "The speaker agrees."} | notes
+    library.add(Voice(spk_emb=torch.linspace(-1, 1, 192), name=name, **notes))
+    return library
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Two adapters of nano; the first one trains the codec's embedding and head whole, and carries a voice."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for number, name in enumerate(("calm", "talker")):
+        changed(number, train_codec=name == "calm").save_pretrained(folder / name)
+    carry_voices(voice_library(folder / "voices.safetensors"), folder / "calm")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(adapters):
+    """What nano says with each of them, and with none."""
+    said = {None: outputs(nano())}
+    for name in ("calm", "talker"):
+        said[name] = outputs(peft.PeftModel.from_pretrained(nano(), adapters / name).eval())
+    assert not any(torch.equal(said[a][1], said[b][1]) for a, b in itertools.combinations(said, 2))
+    return said
+
+
+def outputs(model):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(40, 320, (2, 9), generator=generator)
+    codes = torch.randint(0, 32, (2, 8, 9), generator=generator)
+    with torch.no_grad():
+        found = model(input_ids=ids, audio_codes=codes)
+    return found.logits, found.audio_logits
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_an_adapter_names_its_base_and_carries_its_voices(adapters):
+    info = read_adapter(adapters / "calm")
+    assert (info.base, info.revision, info.has_probe) == (str(default_checkpoint()), None, True)
+    assert (info.method, info.rank, info.alpha) == ("LORA", 2, 4)
+    assert set(info.parts) == {"Thinker", "Talker"}
+    assert info.whole == ["talker.embed_tokens", "talker.lm_head"]
+    assert info.voices["me"].licence == "CC0-1.0"
+    for told in ("rank 2", str(default_checkpoint()), "voice me: CC0-1.0", "talker.lm_head"):
+        assert told in str(info)
+
+
+def test_voices_of_an_adapter_join_those_of_the_processor(adapters):
+    processor = AutoProcessor.from_pretrained(default_checkpoint(), load_audio_tokenizer=False)
+    before = set(processor.voices)
+    assert processor.load_voices(adapters / "calm") == ["me"]
+    assert set(processor.voices) == before | {"me"}
+    assert torch.equal(processor.voices["me"]["spk_emb"], torch.linspace(-1, 1, 192))
+    assert processor.load_voices(adapters / "talker") == []
+
+
+def test_the_commit_of_a_base_from_the_hub_is_named(tmp_path):
+    base = nano()
+    base.config.name_or_path, base.config._commit_hash = "somebody/nano", "a" * 40
+    get_peft_model(base, lora_config("talker", rank=1)).save_pretrained(tmp_path)
+    info = read_adapter(tmp_path)
+    assert (info.base, info.revision) == ("somebody/nano", "a" * 40)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["revision"] == "a" * 40
+
+
+# A name may be that of a part of the model, too.
+@pytest.mark.parametrize("names", [("calm", "talker"), ("default", "model"), ("layers", "weight")])
+def test_several_adapters_on_one_model_switch(adapters, expected, names, caplog):
+    model = nano()
+    for name, folder in zip(names, ("calm", "talker"), strict=True):
+        found = model.load_adapter(adapters / folder, name)
+        assert not found.missing_keys
+        assert not found.unexpected_keys
+    assert "MISSING" not in caplog.text
+    first, second = names
+    for name, folder in ((second, "talker"), (first, "calm"), (None, None), (first, "calm"), (second, "talker")):
+        switch_adapter(model, name)
+        assert same(outputs(model), expected[folder])
+    model.delete_adapter(second)
+    switch_adapter(model, first)
+    assert same(outputs(model), expected["calm"])
+    with pytest.raises(ValueError, match=f"no adapter 'loud': {first}"):
+        switch_adapter(model, "loud")
+
+
+def test_a_peft_model_switches_too(adapters, expected):
+    model = peft.PeftModel.from_pretrained(nano(), adapters / "calm", "calm")
+    model.load_adapter(adapters / "talker", "talker")
+    model.eval()
+    assert same(outputs(model), expected["calm"])
+    model.set_adapter("talker")
+    assert same(outputs(model), expected["talker"])
+    with model.disable_adapter():
+        assert same(outputs(model), expected[None])
+
+
+def test_in_bfloat16_the_base_is_known_again(adapters):
+    for dtype in (torch.bfloat16, torch.float16):
+        model = AutoModelForMultimodalLM.from_pretrained(default_checkpoint(), dtype=dtype)
+        model.load_adapter(adapters / "calm")
+        assert outputs(model)[0].isfinite().all()
+
+
+def other_base(kind, tiny_model):
+    if kind == "other weights":
+        torch.manual_seed(5)
+        base = type(nano())(nano().config)
+    elif kind == "talker trained on":
+        base = nano()
+        with torch.no_grad():
+            base.talker.embed_tokens.base.weight.mul_(1.1)
+    else:
+        base = tiny_model(audio_config=None, vision_config=None)
+    base.config.name_or_path = "somebody/else"
+    return base.eval()
+
+
+@pytest.mark.parametrize("kind", ["other weights", "talker trained on", "other sizes"])
+def test_an_adapter_of_another_base_is_refused_with_both_names(adapters, tiny_model, kind):
+    base = other_base(kind, tiny_model)
+    with torch.no_grad():
+        before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for put_on_base in (base.load_adapter, lambda folder: merge_adapter(base, folder)):
+        with pytest.raises(ValueError, match="trained on") as caught:
+            put_on_base(adapters / "calm")
+        assert "somebody/else" in str(caught.value)
+        assert str(default_checkpoint()) in str(caught.value)
+        assert before.keys() == base.state_dict().keys()
+        assert not base._hf_peft_config_loaded
+
+
+def spoilt(adapters, folder, spoil):
+    """A copy of an adapter, without the file that tells its base, and with other tensors."""
+    shutil.copytree(adapters / "talker", folder)
+    (folder / "base_model.json").unlink()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    spoil(tensors, min(tensors))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda tensors, name: tensors.pop(name), "missing or have no place"),
+        (lambda tensors, name: tensors.update({f"{name}.x": torch.ones(1)}), "missing or have no place"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:1].clone()}), "other sizes"),
+    ],
+    ids=["missing", "surplus", "size"],
+)
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(adapters, expected, tmp_path, spoil, said):
+    folder = spoilt(adapters, tmp_path / "spoilt", spoil)
+    model = nano()
+    with pytest.raises(ValueError, match=said):
+        model.load_adapter(folder)
+    assert not model._hf_peft_config_loaded
+    assert same(outputs(model), expected[None])
+    model.load_adapter(adapters / "calm")
+    with pytest.raises(ValueError, match=said):
+        model.load_adapter(folder, "second")
+    assert same(outputs(model), expected["calm"])
+    with pytest.raises(ValueError, match="Use the model it was trained on"):
+        merge_adapter(nano(), folder)
+
+
+def test_what_is_no_adapter_is_refused(adapters, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        read_adapter(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        read_adapter(tmp_path)
+    folder = tmp_path / "copy"
+    shutil.copytree(adapters / "talker", folder)
+    (folder / "base_model.json").write_text('{"probe": "x"}')
+    with pytest.raises(ValueError, match="damaged"):
+        read_adapter(folder)
+    (folder / "base_model.json").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="damaged"):
+        read_adapter(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="pickle"):
+        read_adapter(folder)
+    with pytest.raises(ValueError, match="another name"):
+        nano().load_adapter(adapters / "talker", "lora")
+
+
+def test_the_trainer_leaves_what_tells_the_base_and_no_pickle(batch, tmp_path):
+    model = get_peft_model(nano(), lora_config("talker", rank=2))
+    samples = [{name: value[index] for name, value in batch.items()} for index in range(4)]
+    arguments = MiniMindOTrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1, save_steps=1, disable_tqdm=True
+    )
+    trainer = MiniMindOTrainer(model, arguments, train_dataset=samples)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        assert read_adapter(folder).has_probe
+        assert not (folder / "training_args.bin").exists()
+    nano().load_adapter(tmp_path)
+
+
+# --- A conversation
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["load_adapter", "PeftModel"])
+def test_adapters_switch_while_a_conversation_goes_on(adapters, wrapped):
+    processor = AutoProcessor.from_pretrained(default_checkpoint())
+    model = nano()
+    if wrapped:
+        model = peft.PeftModel.from_pretrained(model, adapters / "calm", "calm")
+        model.load_adapter(adapters / "talker", "talker")
+        model.eval()
+    else:
+        put_on(model, processor, [adapters / "calm", adapters / "talker"])
+    settings = {"seed": 1, "max_new_tokens": 10}
+    conversation = Conversation(model, processor, voice="slt")
+    for number, name in enumerate(("calm", "talker", "talker", "calm")):
+        model.set_adapter(name)
+        cold = Conversation(model, processor, voice="slt")
+        cold._turns = list(conversation._turns)
+        question = f"What is {number} plus one?"
+        answer, anew = conversation.ask(question, **settings), cold.ask(question, **settings)
+        assert answer.text == anew.text
+        assert torch.equal(answer.audio, anew.audio)
+    assert len(conversation.messages) == 8
+
+
+def test_in_chat(adapters, capsys, tmp_path, monkeypatch):
+    lines = iter(["/adapter talker", "/adapter", "/adapter calm", "/adapter loud", "/voice me", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    options = ["--adapter", str(adapters / "calm"), "--adapter", str(adapters / "talker")]
+    assert main(["chat", *options, "--out", str(tmp_path / "reply.wav")]) == 0
+    printed = capsys.readouterr()
+    assert re.findall(r"Adapter: (\w+)", printed.out) == ["talker", "none", "calm"]
+    assert "Voice: me" in printed.out
+    assert "no adapter 'loud'" in printed.err
+    assert main(["chat", *options, "--text", "Hello"]) == 1
+    assert "--adapter once" in capsys.readouterr().err
+
+
+# --- Merging
+
+
+def test_merged_it_is_the_checkpoint_with_what_the_adapter_changes(adapters, expected, tmp_path, capsys):
+    assert main(["adapter", "merge", str(adapters / "calm"), str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    made = tmp_path / "merged"
+    base = {path.relative_to(default_checkpoint()).as_posix() for path in default_checkpoint().rglob("*.*")}
+    files = {path.relative_to(made).as_posix() for path in made.rglob("*.*")}
+    assert files == base - {"provenance.json", "LICENSE"} | (files & {"LICENSE"})
+    changes = {"model.safetensors", "config.json", "voices.safetensors", "README.md"}
+    for name in files - changes:
+        assert (made / name).read_bytes() == (default_checkpoint() / name).read_bytes(), name
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (default_checkpoint(), made))
+    assert old == new  # nano's names float32, though its file holds float16
+
+    before, after = load_file(default_checkpoint() / "model.safetensors"), load_file(made / "model.safetensors")
+    assert before.keys() == after.keys()
+    different = {name for name in before if not torch.equal(before[name].float(), after[name])}
+    assert different
+    for name in different:
+        assert re.fullmatch(r"(model|talker)\.(layers\.\d+\.(self_attn|mlp)|embed_tokens|lm_head)\..*", name), name
+    model = AutoModelForMultimodalLM.from_pretrained(made)
+    for merged, apart in zip(outputs(model), expected["calm"], strict=True):
+        torch.testing.assert_close(merged, apart, rtol=0, atol=1e-3)
+    voices = VoiceLibrary(made / "voices.safetensors").voices()
+    assert set(voices) == {*VoiceLibrary(default_checkpoint() / "voices.safetensors").names(), "me"}
+    assert voices["me"].consent == "The speaker agrees."
+    card = (made / "README.md").read_text()
+    assert "`nano` with the adapter `calm`" in card
+    assert str(tmp_path) not in card
+    assert publish(made, "somebody/merged", dry_run=tmp_path / "published") == str(tmp_path / "published")
+
+
+def test_merged_weights_have_the_type_of_the_base(adapters, tmp_path):
+    merge_checkpoint(adapters / "talker", tmp_path / "merged")
+    before = load_file(default_checkpoint() / "model.safetensors")
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert (tmp_path / "merged" / "config.json").read_bytes() == (default_checkpoint() / "config.json").read_bytes()
+    assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
+    same_tensors = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith(("audio_", "vision_", "model.embed"))} <= same_tensors
+
+
+def test_merging_refuses_and_leaves_nothing(adapters, tmp_path, capsys):
+    target = tmp_path / "merged"
+    moved = tmp_path / "moved"
+    shutil.copytree(adapters / "talker", moved)
+    config, base = (json.loads((moved / name).read_text()) for name in ("adapter_config.json", "base_model.json"))
+    (moved / "base_model.json").write_text(json.dumps(base | {"name": "/gone"}))
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone"}))
+    assert main(["adapter", "merge", str(moved), str(target)]) == 1
+    assert "name it (`--model`)" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(default_checkpoint(), other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert main(["adapter", "merge", str(moved), str(target), "--model", str(other)]) == 1
+    message = capsys.readouterr().err
+    assert "/gone" in message
+    assert str(other) in message
+    assert not target.exists()
+    assert main(["adapter", "merge", str(moved), str(target), "--model", str(default_checkpoint())]) == 0
+    assert main(["adapter", "merge", str(moved), str(target), "--model", str(default_checkpoint())]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_info(adapters, capsys, tmp_path):
+    assert main(["adapter", "info", str(adapters / "calm"), "--model", str(default_checkpoint())]) == 0
+    told = capsys.readouterr().out
+    assert "rank 2" in told
+    assert f"It belongs to {default_checkpoint()}" in told
+    plain = spoilt(adapters, tmp_path / "plain", lambda tensors, name: None)
+    assert main(["adapter", "info", str(plain)]) == 0
+    assert "no base_model.json" in capsys.readouterr().out
+    assert main(["adapter", "info", str(tmp_path)]) == 1
+    assert "is no adapter" in capsys.readouterr().err

@@ -19,10 +19,12 @@ import transformers
 from huggingface_hub import ModelCard, constants
 from local_hub import TOKEN, Repository, serve
 from packaging.requirements import Requirement
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from minimind_o_hf import Voice, VoiceLibrary, default_checkpoint
+from minimind_o_hf.adapters import carry_voices, get_peft_model, lora_config, publish_adapter
 from minimind_o_hf.cli import main
 from minimind_o_hf.publishing import publish
 
@@ -543,22 +545,144 @@ def test_push_to_hub_of_model_and_processor(hub, answer, tmp_path):
     assert run(sys.executable, LOAD + GENERATE + SHOW, NAME, folder=tmp_path, **environment) == answer
 
 
-def test_push_to_hub_of_an_adapter(hub, tmp_path):
-    from peft import PeftModel
+# --- Adapters
 
-    from minimind_o_hf.adapters import get_peft_model, lora_config
 
-    base = AutoModelForMultimodalLM.from_pretrained(default_checkpoint())
-    adapted = get_peft_model(base, lora_config("talker", rank=2, init_lora_weights=False))
-    adapted.push_to_hub("somebody/adapter")
-    files = hub.repositories["somebody/adapter"].files
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(files)
+ADAPTER = "somebody/adapter"
+CONSENT = {"language": "en", "licence": "CC0-1.0", "consent": "The speaker agrees."}
+
+
+@pytest.fixture
+def base(hub):
+    """nano as somebody has published it."""
+    publish(default_checkpoint(), NAME)
+    hub.requests.clear()
+    return AutoModelForMultimodalLM.from_pretrained(NAME)
+
+
+@pytest.fixture
+def trained(base, tmp_path):
+    """An adapter of it, with a voice, among what a training leaves."""
+    folder = tmp_path / "trained"
+    get_peft_model(base, lora_config("talker", rank=2, init_lora_weights=False)).save_pretrained(str(folder))
+    library = VoiceLibrary(tmp_path / "mine.safetensors")
+    library.add(Voice(spk_emb=torch.ones(192), name="me", **CONSENT))
+    carry_voices(library, folder)
+    for name in ("trainer_state.json", "run.json", "checkpoint-1/optimizer.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def codes_of(model):
+    processor = AutoProcessor.from_pretrained(default_checkpoint())
+    names = {"model": model.eval(), "processor": processor}
+    exec(GENERATE, names)
+    return names["outputs"].audio_codes
+
+
+def test_an_adapter_is_published_with_its_base_and_its_voices(hub, trained, capsys):
+    before = files_of(trained)
+    assert main(["adapter", "push", str(trained), ADAPTER, "--private"]) == 0
+    assert files_of(trained) == before
+    repository = hub.repositories[ADAPTER]
+    assert capsys.readouterr().out.strip() == f"{hub.url}/{ADAPTER}/commit/{repository.sha}"
+    assert repository.private
+    assert len(repository.commits) == 2
+    sent = {"README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json", "voices.safetensors"}
+    assert set(repository.files) == {".gitattributes", *sent}
+    config = json.loads(repository.files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == (NAME, hub.repositories[NAME].sha)
+    card = ModelCard(repository.files["README.md"].decode())
+    data = card.data.to_dict()
+    assert (data["base_model"], data["base_model_relation"], data["library_name"]) == (NAME, "adapter", "peft")
+    for told in (f'from_pretrained("{NAME}", revision="{hub.repositories[NAME].sha}")', "| me | en | CC0-1.0 |"):
+        assert told in card.text
+    assert str(trained) not in card.text
+
+    adapted = PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(NAME), str(trained))
+    expected = codes_of(adapted)
+    assert not torch.equal(expected, codes_of(AutoModelForMultimodalLM.from_pretrained(NAME)))
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], names)
+    assert torch.equal(codes_of(names["model"]), expected)
+    assert "me" in names["processor"].voices
+    model = AutoModelForMultimodalLM.from_pretrained(NAME)
+    model.load_adapter(ADAPTER)
+    assert torch.equal(codes_of(model), expected)
+    capsys.readouterr()
+    assert main(["adapter", "info", ADAPTER, "--model", NAME]) == 0
+    assert f"base: {NAME}, revision {hub.repositories[NAME].sha}" in capsys.readouterr().out
+
+
+def test_an_adapter_merges_from_the_hub(hub, trained, tmp_path):
+    publish_adapter(trained, ADAPTER)
+    expected = codes_of(PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(NAME), str(trained)))
+    assert main(["adapter", "merge", ADAPTER, str(tmp_path / "merged")]) == 0
+    assert torch.equal(codes_of(AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged")), expected)
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert card.data.base_model == [NAME, ADAPTER]
+
+
+def test_an_adapter_of_a_base_that_is_here_needs_its_name_on_the_hub(hub, base, tmp_path, capsys):
+    local = AutoModelForMultimodalLM.from_pretrained(default_checkpoint())
+    get_peft_model(local, lora_config("talker", rank=2)).save_pretrained(str(tmp_path / "local"))
+    hub.requests.clear()
+    assert main(["adapter", "push", str(tmp_path / "local"), ADAPTER]) == 1
+    assert "--base OWNER/NAME" in capsys.readouterr().err
+    assert ADAPTER not in hub.repositories
+    dry = tmp_path / "dry"
+    assert main(["adapter", "push", str(tmp_path / "local"), ADAPTER, "--base", NAME, "--dry-run", str(dry)]) == 0
+    assert json.loads((dry / "base_model.json").read_text())["revision"] == hub.repositories[NAME].sha
+    assert str(default_checkpoint()) not in "".join(path.read_text() for path in dry.glob("*.[jm]*"))
+    assert ADAPTER not in hub.repositories
+    assert main(["adapter", "push", str(tmp_path / "local"), ADAPTER, "--base", NAME]) == 0
+
+
+def test_an_adapter_that_does_not_pass_is_not_published(hub, trained, tmp_path, capsys):
+    def refused(match, *options):
+        assert main(["adapter", "push", str(trained), ADAPTER, *options]) == 1
+        assert re.search(match, capsys.readouterr().err)
+        assert ADAPTER not in hub.repositories
+
+    refused("holds no voices", "--voices", str(tmp_path / "none.safetensors"))
+    tensors = load_file(trained / "voices.safetensors")
+    save_file(tensors, trained / "voices.safetensors")  # without notes
+    refused("no consent")
+    (trained / "voices.safetensors").unlink()
+    tensors = load_file(trained / "adapter_model.safetensors")
+    save_file(tensors | {min(tensors): tensors[min(tensors)] * torch.nan}, trained / "adapter_model.safetensors")
+    refused("NaN")
+    save_file(tensors, trained / "adapter_model.safetensors")
+    described = json.loads((trained / "base_model.json").read_text())
+    edit(trained / "base_model.json", probe=[value + 1 for value in described["probe"]])
+    refused(f"trained on {NAME}")
+    edit(trained / "base_model.json", probe=described["probe"])
+    refused("somebody/gone", "--base", "somebody/gone")
+    hub.repositories[ADAPTER] = Repository(files={"weights.bin": b"other"})
+    assert main(["adapter", "push", str(trained), ADAPTER]) == 1
+    assert "--update" in capsys.readouterr().err
+    assert len(hub.repositories[ADAPTER].commits) == 1
+    assert main(["adapter", "push", str(trained), ADAPTER, "--update"]) == 0
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["PeftModel", "load_adapter"])
+def test_push_to_hub_of_an_adapter(hub, trained, wrapped):
+    if wrapped:
+        adapted = get_peft_model(
+            AutoModelForMultimodalLM.from_pretrained(NAME), lora_config("talker", rank=2, init_lora_weights=False)
+        )
+    else:
+        adapted = AutoModelForMultimodalLM.from_pretrained(NAME)
+        adapted.load_adapter(str(trained))
+    adapted.push_to_hub(ADAPTER)
+    files = hub.repositories[ADAPTER].files
+    assert {"adapter_config.json", "adapter_model.safetensors", "base_model.json"} <= set(files)
     assert not [name for name in files if name.endswith((".bin", ".py"))]
-    loaded = PeftModel.from_pretrained(
-        AutoModelForMultimodalLM.from_pretrained(default_checkpoint()), "somebody/adapter"
-    )
-    for name, tensor in adapted.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    described = json.loads(files["base_model.json"])
+    assert (described["name"], described["revision"]) == (NAME, hub.repositories[NAME].sha)
+    loaded = PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(NAME), ADAPTER)
+    assert torch.equal(codes_of(loaded), codes_of(adapted))
 
 
 def test_push_to_hub_of_a_library_of_voices(hub, tmp_path):

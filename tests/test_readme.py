@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from minimind_o_hf import read_mark
+from minimind_o_hf import MiniMindOForConditionalGeneration, read_mark
+from minimind_o_hf.adapters import get_peft_model, lora_config
 from minimind_o_hf.cli import _parser
 from minimind_o_hf.presets import init_checkpoint
 
@@ -37,8 +38,14 @@ def test_python_runs_as_written(tmp_path, monkeypatch, capsys):
     ):
         (tmp_path / name).write_bytes((ROOT / "tests" / "data" / source).read_bytes())
     monkeypatch.chdir(tmp_path)
+    settings = init_checkpoint("nano", tmp_path / "checkpoint") / "generation_config.json"
+    # Untrained, it would never stop.
+    settings.write_text(json.dumps(json.loads(settings.read_text(encoding="utf-8")) | {"max_new_tokens": 8}))
+    for name in ("my-voice", "another-voice"):
+        model = MiniMindOForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
+        get_peft_model(model, lora_config("talker", rank=2)).save_pretrained(str(tmp_path / name))
     snippets = blocks("python")
-    assert len(snippets) == 8
+    assert len(snippets) == 9
     exec(compile("\n".join(snippets), "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "answer.wav").stat().st_size > 44
     assert soundfile.info(tmp_path / "stream.wav").samplerate == 24000

@@ -34,11 +34,13 @@ EXTRAS = {
     "evaluation": ["jiwer>=4", "matplotlib>=3.8", "pyyaml>=6", "pocketsphinx>=5", "evaluate>=0.4.5"],
     # `minimind-o export onnx`, and what its graphs run on.
     "onnx": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23"],
+    # Loading in 8 and 4 bits, on CPUs too.
+    "quantization": ["torchao>=0.18"],
     # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
     "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5", WATERMARK],
 }
-EXTRAS["test"] += EXTRAS["evaluation"] + EXTRAS["onnx"]
+EXTRAS["test"] += EXTRAS["evaluation"] + EXTRAS["onnx"] + EXTRAS["quantization"]
 EXTRAS["dev"] = [requirement for extra in ("pipeline", "train", "quality", "test") for requirement in EXTRAS[extra]]
 
 setup(

@@ -714,6 +714,12 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
             )
         except (SafetensorError, EOFError, UnpicklingError, RuntimeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if "automatic conversion of the weights" in reason and kwargs.get("quantization_config") is not None:
+                raise ValueError(
+                    f"The weights of '{path}' could not be quantised as `quantization_config` says: transformers' "
+                    "report above has the reason. Name what must stay as it is in its list of modules not to convert, "
+                    "or use another kind."
+                ) from error
             if "automatic conversion of the weights" in reason:
                 raise ValueError(
                     f"The experts of '{pretrained_model_name_or_path}' do not fit together, tensors are missing or "

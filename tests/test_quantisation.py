@@ -1,7 +1,8 @@
-"""Loading in 8 bits with torchao: what is quantised, what is not, and that it can be saved."""
+"""Loading in 8 bits with torchao: what is quantised, what is not, that it can be saved, and what cannot be had."""
 
 import pytest
 import torch
+from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 from transformers import TorchAoConfig
 
 from minimind_o_hf import MiniMindOForConditionalGeneration, default_checkpoint
@@ -14,9 +15,15 @@ def test_every_kept_name_is_a_module():
     assert set(KEPT_IN_FULL_PRECISION) <= modules.keys()
 
 
+def test_a_kind_that_cannot_be_had_is_not_taken_for_a_damaged_checkpoint():
+    # Its layout is for GPUs.
+    settings = TorchAoConfig(Int4WeightOnlyConfig(), modules_to_not_convert=KEPT_IN_FULL_PRECISION)
+    with pytest.raises(ValueError, match="could not be quantised as `quantization_config` says"):
+        MiniMindOForConditionalGeneration.from_pretrained(default_checkpoint(), quantization_config=settings)
+
+
 def test_8_bits(tmp_path):
-    quantization = pytest.importorskip("torchao.quantization")
-    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=KEPT_IN_FULL_PRECISION)
+    settings = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=KEPT_IN_FULL_PRECISION)
     full = load_whole(default_checkpoint())
     model = MiniMindOForConditionalGeneration.from_pretrained(default_checkpoint(), quantization_config=settings)
     quantised = {name for name, value in model.named_parameters() if type(value.data) is not torch.Tensor}

@@ -326,7 +326,7 @@ def test_figures_without_labels_are_left_out(train):
     assert "eval_audio_loss" not in metrics
 
 
-@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("use_moe", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "moe"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_is_the_same(train, backend, use_moe):
     plain = train(use_moe, per_device_train_batch_size=8)

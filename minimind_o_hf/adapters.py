@@ -1,5 +1,6 @@
 """LoRA adapters for the Thinker, the Talker or both, with PEFT: made, looked at, merged and published."""
 
+import itertools
 import json
 import os
 import re
@@ -12,30 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers.utils.hub import cached_file
 
 try:
-    from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import (
+        LoraConfig,
+        PeftConfig,
+        PeftModel,
+        PeftModelForCausalLM,
+        get_peft_model_state_dict,
+        load_peft_weights,
+    )
 except ImportError as error:
     raise ImportError('Adapters need PEFT: pip install "minimind_o_hf[train]"') from error
 
 from .files import new_directory, new_file
 from .model_card import build_adapter_card, build_merged_card
 from .modeling import MiniMindOForConditionalGeneration, check_base, describe_base, read_base
-from .modeling.adapters_minimind_o import BASE_NAME
+from .modeling.adapters_minimind_o import BASE_NAME, CONFIG_NAME, WEIGHTS_NAME, write_base
 from .processing import MiniMindOProcessor
 from .processing.voices_minimind_o import VOICES_NAME
-from .publishing import CHECKPOINT_FILES, check_answer, check_name, upload
+from .publishing import CHECKPOINT_FILES, PICKLES, check_answer, check_name, upload
 from .training_report import is_hub_id
 from .voices import Voice, VoiceLibrary
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, BASE_NAME, VOICES_NAME, "README.md", "training_curves.png")
 # Of a checkpoint, what tells of its weights, or is them.
 _OF_WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?|README\.md|provenance\.json|training_curves\.png")
+_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHECKPOINT = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.txt", "LICENSE*", "NOTICE*"]
 
 PARTS: dict[str, str] = {"model": "Thinker", "talker": "Talker"}
 PRESETS = ("thinker", "talker", "all")
@@ -98,7 +107,13 @@ class MiniMindOAdapted(PeftModelForCausalLM):
         """As [`PeftModel.save_pretrained`], with `base_model.json`."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            _write_base(Path(save_directory), self._base)
+            write_base(save_directory, self._base)
+
+    def push_to_hub(self, repo_id: str, base: str | None = None, **kwargs) -> str:
+        """Publishes the adapter that is named "default"; arguments, result and errors as [`publish_adapter`]."""
+        with tempfile.TemporaryDirectory(prefix="minimind-o-") as scratch:
+            self.save_pretrained(scratch, selected_adapters=["default"])
+            return publish_adapter(scratch, repo_id, base, **kwargs)
 
 
 def get_peft_model(
@@ -116,11 +131,6 @@ def get_peft_model(
     base = describe_base(model)
     config.base_model_name_or_path, config.revision = base["name"], base["revision"]
     return MiniMindOAdapted(model, config, adapter_name, **kwargs)
-
-
-def _write_base(folder: Path, base: dict[str, Any]) -> None:
-    with new_file(folder / BASE_NAME) as temporary:
-        temporary.write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
 def carry_voices(voices: VoiceLibrary, directory: str | os.PathLike) -> None:
@@ -191,13 +201,11 @@ def read_adapter(adapter: str | os.PathLike, **kwargs) -> AdapterInfo:
         ValueError: It is no adapter, holds pickles in place of safetensors, or is damaged.
     """
     folder = _fetch(adapter, ADAPTER_FILES, **kwargs)
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{adapter} is no adapter: it has no {CONFIG_NAME}.")
+    base = read_base(folder)
     if not (folder / WEIGHTS_NAME).is_file():
         pickled = ", but a pickle, which can run code" if (folder / "adapter_model.bin").is_file() else ""
         raise ValueError(f"{adapter} has no {WEIGHTS_NAME}{pickled}: save it again with PEFT, which writes one.")
-    base = read_base(folder)
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = _read_config(folder, adapter)
     parts: dict[str, int] = {}
     try:
         with safe_open(folder / WEIGHTS_NAME, "pt") as file:
@@ -216,13 +224,27 @@ def read_adapter(adapter: str | os.PathLike, **kwargs) -> AdapterInfo:
         base=base["name"],
         revision=base["revision"],
         has_probe=base["probe"] is not None,
-        method=str(config.get("peft_type", "unknown")),
-        rank=config.get("r"),
-        alpha=config.get("lora_alpha"),
+        method=str(getattr(config.peft_type, "value", config.peft_type)),
+        rank=getattr(config, "r", None),
+        alpha=getattr(config, "lora_alpha", None),
         parts=parts,
-        whole=config.get("modules_to_save") or [],
+        whole=list(getattr(config, "modules_to_save", None) or []),
         voices=VoiceLibrary(folder / VOICES_NAME).voices(),
     )
+
+
+def _read_config(folder: Path, adapter: str | os.PathLike) -> Any:
+    """PEFT's configuration; `ValueError` where it is none."""
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{CONFIG_NAME} of {adapter} is none that PEFT reads: {error!r}.") from error
+    kinds = {"r": int, "lora_alpha": (int, float), "modules_to_save": (list, set, type(None))}
+    for name, kind in kinds.items():
+        value = getattr(config, name, None)
+        if hasattr(config, name) and not isinstance(value, kind):
+            raise ValueError(f"{CONFIG_NAME} of {adapter} has {name} {value!r}, which PEFT cannot use.")
+    return config
 
 
 def _fetch(source: str | os.PathLike, patterns: Any, **kwargs) -> Path:
@@ -239,36 +261,44 @@ def _fetch(source: str | os.PathLike, patterns: Any, **kwargs) -> Path:
 
 
 def put_on(
-    model: MiniMindOForConditionalGeneration,
-    processor: MiniMindOProcessor,
-    adapters: Sequence[str | os.PathLike],
-    merge: bool = False,
-) -> MiniMindOForConditionalGeneration:
+    model: MiniMindOForConditionalGeneration, processor: MiniMindOProcessor, adapters: Sequence[str | os.PathLike]
+) -> list[str]:
     """
-    Puts adapters on a model, and their voices into its processor. The first one is on; [`switch_adapter`] switches.
+    Puts adapters on a model, and their voices into its processor: all of them, or none where one does not fit. The
+    first of them is on then; [`switch_adapter`] changes that.
 
     Args:
         model ([`MiniMindOForConditionalGeneration`]): The base; it is changed.
-        processor ([`MiniMindOProcessor`]): Its processor; it is changed.
-        adapters (list of `str` or `os.PathLike`): Directories or Hub ids; each is known by the last part of its name.
-        merge (`bool`, defaults to `False`): Merge all of them into the model.
+        processor ([`MiniMindOProcessor`]): Its processor; it is changed. Of voices of one name the last one stays.
+        adapters (list of `str` or `os.PathLike`): Directories or Hub ids.
+
+    Returns:
+        `list[str]`: the name of each: the last part of its own, with a number where that is taken.
 
     Raises:
-        ValueError: One is no adapter, belongs to another model, or two have one name.
+        ValueError: One is no adapter, or belongs to another model.
         OSError: One is not there.
     """
-    for adapter in adapters:
-        info = read_adapter(adapter)
-        if merge:
-            model = merge_adapter(model, info.folder)
-        else:
+    names: list[str] = []
+    voices = dict(processor.voices)
+    try:
+        for info in [read_adapter(adapter) for adapter in adapters]:
             # PEFT makes it part of a module's name.
-            name = re.sub(r"\W+", "-", Path(os.fspath(adapter)).resolve().name)
+            stem = re.sub(r"\W+", "-", Path(info.adapter).resolve().name)
+            taken = {*getattr(model, "peft_config", {}), *({stem} if stem in "lora_" else ())}
+            candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+            name = next(candidate for candidate in candidates if candidate not in taken)
             model.load_adapter(str(info.folder), name)
-        processor.load_voices(info.folder)
-    if adapters and not merge:
-        switch_adapter(model, next(iter(model.peft_config)))
-    return model
+            names.append(name)
+            processor.load_voices(info.folder)
+        if names:
+            switch_adapter(model, names[0])
+    except Exception:
+        processor.voices = voices
+        for name in names:
+            model.delete_adapter(name)
+        raise
+    return names
 
 
 def switch_adapter(model: MiniMindOForConditionalGeneration, name: str | None) -> None:
@@ -300,31 +330,33 @@ def merge_adapter(
     Merges a trained adapter into its base model, which then speaks as the adapted one did, at no cost.
 
     Args:
-        model ([`MiniMindOForConditionalGeneration`]): The base; it is changed.
+        model ([`MiniMindOForConditionalGeneration`]): The base; it is changed, but not where the adapter is refused.
         adapter (`str` or `os.PathLike`): Directory or Hub id of the adapter.
         **kwargs: Further arguments of [`PeftModel.from_pretrained`].
 
     Raises:
-        ValueError: It is no adapter, or one of another model; both are named.
+        ValueError: It is no adapter, one of another model (both are named), or one that cannot be merged.
+        OSError: It is not there.
     """
-    if not os.path.isdir(adapter) and os.fspath(adapter).count("/") != 1:
-        raise FileNotFoundError(f"There is no directory {adapter}, and a Hub id has the form OWNER/NAME.")
-    refused = f"The adapter {adapter} cannot be put on {model.name_or_path or 'this model'}"
     check_base(model, adapter, **kwargs)
+    refused = f"The adapter {adapter} cannot be put on {model.name_or_path or 'this model'}"
+    advice = "Use the model it was trained on, with the configuration it was saved with"
     try:
         merged: Any = PeftModel.from_pretrained(model, os.fspath(adapter), **kwargs)
         saved = load_peft_weights(os.fspath(adapter), device="cpu")
-    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        # PEFT puts what is there where it fits, and is silent about the rest.
+        if different := saved.keys() ^ get_peft_model_state_dict(merged).keys():
+            raise ValueError(f"{len(different)} tensors have no place there or are missing, such as {min(different)}")
+        head = re.compile(r"base_model\.model\.(model\.embed_tokens|lm_head)\.lora_")
+        if model.config.tie_word_embeddings and any(head.match(name) for name in saved):
+            raise ValueError("it changes embeddings or head, which are one matrix: it can be loaded, but not merged")
+    except (RuntimeError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        model._unwrap()
         # The first line of torch's message says only that there are errors.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ValueError(f"{refused}: {lines[min(1, len(lines) - 1)]}. Use the model it was trained on.") from error
-    # PEFT puts what is there where it fits, and is silent about the rest.
-    different = saved.keys() ^ get_peft_model_state_dict(merged).keys()
-    if different:
-        raise ValueError(
-            f"{refused}: {len(different)} of its tensors have no place there or are missing, among them "
-            f"{min(different)}. Use the model it was trained on."
-        )
+        raise ValueError(f"{refused}: {lines[min(1, len(lines) - 1)].rstrip('.')}. {advice}.") from error
     return merged.merge_and_unload()
 
 
@@ -338,55 +370,74 @@ def merge_checkpoint(
     """
     Makes a complete checkpoint of an adapter and its base. What the adapter does not change stays byte for byte what
     it is in the base: tensors, encoders, codec, processor, generation config and voices; the adapter's voices join
-    them.
+    them, in place of those of their names.
 
     Args:
         adapter (`str` or `os.PathLike`): Directory or Hub id.
         directory (`str` or `os.PathLike`): The directory to make.
         base (`str` or `os.PathLike`, *optional*): The base; what the adapter names by default.
-        dtype (`torch.dtype`, *optional*): Of the model's weights; the base's by default. Merged is in float32.
+        dtype (`torch.dtype`, *optional*): Of the model's weights; each has its type in the base by default. Merged is
+            in float32.
         overwrite (`bool`, defaults to `False`): Replace a checkpoint that stands there.
 
     Returns:
         `Path`: The directory.
 
     Raises:
-        ValueError: The adapter or its base do not pass, or it was trained on another model.
+        ValueError: The adapter, its voices or its base do not pass, or it was trained on another model.
         OSError: The base is not there, or the disk is full.
     """
     info = read_adapter(adapter)
+    _check_voices(info)
     source, revision = _base_of(info, base)
-    folder = _fetch(source, ["*.json", "*.safetensors", "*.jinja", "*/*.json", "*/*.safetensors"], revision=revision)
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    kept = [
-        file
-        for file in files
-        if CHECKPOINT_FILES.fullmatch(file.as_posix()) and not _OF_WEIGHTS.fullmatch(file.as_posix())
-    ]
-    own_dtype = _dtype_of(folder)
+    folder = _fetch(source, _CHECKPOINT, revision=revision)
+    if Path(directory).resolve() in (folder.resolve(), info.folder.resolve()):
+        raise ValueError(f"{directory} is what is to be merged: give another directory.")
+    if not list(folder.glob("model*.safetensors")):
+        raise ValueError(f"{source} holds no model in safetensors: make a checkpoint of it (`minimind-o convert`).")
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     with new_directory(directory, overwrite) as made:
         model: Any = MiniMindOForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         model.config.name_or_path = os.fspath(source)
         merged: Any = merge_adapter(model, info.folder)
-        merged.to(dtype or own_dtype).save_pretrained(made)
-        for file in kept:
-            if dtype is None or file.as_posix() != "config.json":  # which names the dtype
+        merged.to(dtype or torch.float32)
+        merged.save_pretrained(made)
+        if dtype is None:
+            _as_in(folder, made)
+        for file in files:
+            # The configuration names the type.
+            is_kept = CHECKPOINT_FILES.fullmatch(file) and not _OF_WEIGHTS.fullmatch(file)
+            if is_kept and (dtype is None or file != "config.json"):
                 (made / file).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / file, made / file)
         with _library(made) as library:
             for voice in info.voices.values():
                 library.add(voice, overwrite=True)
+        if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+            # It came with its code, and so does this.
+            merged.save_code(made)
+            MiniMindOProcessor.from_pretrained(made, load_audio_tokenizer=False).save_code(made)
         card = build_merged_card(folder, Path(directory).name, os.fspath(source), os.fspath(adapter))
         (made / "README.md").write_text(card, encoding="utf-8")
     return Path(directory)
 
 
-def _dtype_of(folder: Path) -> torch.dtype:
-    """That of a checkpoint's weights; `ValueError` where it has none in safetensors."""
-    if not (files := sorted(folder.glob("model*.safetensors"))):
-        raise ValueError(f"{folder} holds no model in safetensors: make a checkpoint of it (`minimind-o convert`).")
-    with safe_open(files[0], "pt") as file:
-        return file.get_tensor(min(file.keys())).dtype
+def _as_in(base: Path, made: Path) -> None:
+    """Gives the weights of a checkpoint the types that they have in its base."""
+    types = {}
+    for path in base.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            types |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    for path in made.glob("model*.safetensors"):
+        tensors = {name: tensor.to(_TYPES[types[name]]) for name, tensor in load_file(path).items()}
+        with new_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def _check_voices(info: AdapterInfo) -> None:
+    for voice in info.voices.values():
+        if not voice.consent or not voice.licence:
+            raise ValueError(f"The voice {voice.name!r} of {info.adapter} states no consent or no licence.")
 
 
 @contextmanager
@@ -443,6 +494,10 @@ def publish_adapter(
     check_name(repo_id)
     info = read_adapter(adapter)
     source = base or info.base
+    if pickles := sorted(path.name for path in info.folder.iterdir() if path.suffix in PICKLES):
+        raise ValueError(f"{adapter} holds pickles, which can run code where they are read: {', '.join(pickles)}.")
+    if repo_id == source:
+        raise ValueError(f"{repo_id} is the base of {adapter}: give the adapter a repository of its own.")
     if source is None or not is_hub_id(source):
         raise ValueError(
             f"The base of {adapter} is {source or 'not stated'}, which nobody else has: publish it (`minimind-o "
@@ -462,18 +517,19 @@ def publish_adapter(
             if voices is not None:
                 carry_voices(voices, staged)
             merge_adapter(model, staged)
-            for voice in VoiceLibrary(staged / VOICES_NAME).voices().values():
-                if not voice.consent or not voice.licence:
-                    raise ValueError(f"The voice {voice.name!r} of {adapter} states no consent or no licence.")
+            _check_voices(replace(read_adapter(staged), adapter=info.adapter))
             processor.load_voices(staged)
             check_answer(model, processor)
             config = json.loads((staged / CONFIG_NAME).read_text(encoding="utf-8"))
             config |= {"base_model_name_or_path": described["name"], "revision": described["revision"]}
             (staged / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            _write_base(staged, described)
+            write_base(staged, described)
             about = str(replace(read_adapter(staged), adapter=repo_id))
-            card = build_adapter_card(staged, repo_id, described["name"], described["revision"], about)
-            (staged / "README.md").write_text(card, encoding="utf-8")
+            readme = cached_file(source, "README.md", _raise_exceptions_for_missing_entries=False, **pinned)
+            card: Any = ModelCard.load(readme) if readme else None
+            licence = card.data.license if card else None
+            text = build_adapter_card(staged, repo_id, described["name"], described["revision"], licence, about)
+            (staged / "README.md").write_text(text, encoding="utf-8")
         if dry_run is not None:
             return str(dry_run)
         return upload(target, repo_id, private, update, message="Upload MiniMind-O adapter")

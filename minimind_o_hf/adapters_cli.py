@@ -56,6 +56,8 @@ def run(options: argparse.Namespace) -> str:
         info = read_adapter(options.adapter)
         if options.model is None:
             return str(info)
+        if not Path(options.model).exists() and options.model.count("/") != 1:
+            raise FileNotFoundError(f"There is no directory {options.model}, and a Hub id has the form OWNER/NAME.")
         model: Any = MiniMindOForConditionalGeneration.from_pretrained(options.model)
         merge_adapter(model, info.folder)
         return f"{info}\nIt belongs to {options.model}."

@@ -77,7 +77,7 @@ def load(
         model_id (`str`, *optional*): Directory or Hub id; the package's nano by default.
         device (`str`), dtype (`str`, *optional*): Where and in which precision the model runs.
         adapters (list of `str`): Adapters to put on the model, with their voices; they need PEFT.
-        merge (`bool`, defaults to `True`): Merge them into the model, which is faster; or keep them apart, to switch.
+        merge (`bool`, defaults to `True`): Merge the one there is, which is faster; or keep them apart, to switch.
     """
     model_id = choose_checkpoint(model_id)
     if not Path(model_id).exists() and "/" not in model_id:
@@ -87,9 +87,14 @@ def load(
     if adapters:
         if not is_peft_available():
             raise ValueError("--adapter needs PEFT: pip install peft")
-        from .adapters import put_on
+        from .adapters import merge_adapter, put_on, read_adapter
 
-        model = put_on(model, processor, adapters, merge)
+        if merge:
+            info = read_adapter(adapters[0])
+            model = merge_adapter(model, info.folder)
+            processor.load_voices(info.folder)
+        else:
+            sys.stderr.write(f"Adapters: {', '.join(put_on(model, processor, adapters))} (the first one is on)\n")
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -240,9 +245,7 @@ def run(options: argparse.Namespace) -> None:
         set_seed(options.seed)
     is_conversation = options.text is None and not options.audio and not options.image
     if len(options.adapter) > 1 and not is_conversation:
-        raise ValueError(
-            "A single answer has one adapter: give --adapter once, or leave --text out for a conversation."
-        )
+        raise ValueError("A single answer has one adapter: give --adapter once.")
     model, processor = load(options.model, options.device, options.dtype, options.adapter, not is_conversation)
     check(options, processor)
     # Room for the longest answer that is asked for, and for what it is asked after.

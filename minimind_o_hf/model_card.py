@@ -131,7 +131,9 @@ def _with_section(text: str, sections: Iterable[str]) -> str:
     return f"{before.rstrip()}\n\n{SECTION[0]}\n{body}{SECTION[1]}\n" + (f"\n{after}\n" if after else "")
 
 
-def build_adapter_card(folder: Path, repo_id: str, base: str, revision: str | None, about: str) -> str:
+def build_adapter_card(
+    folder: Path, repo_id: str, base: str, revision: str | None, licence: str | None, about: str
+) -> str:
     """
     The `README.md` of an adapter: the one that its training left, with metadata completed, and a section of what it
     is; PEFT's form to be filled in is replaced.
@@ -140,6 +142,7 @@ def build_adapter_card(folder: Path, repo_id: str, base: str, revision: str | No
         folder (`Path`): The adapter; its `README.md` and `voices.safetensors` are read.
         repo_id (`str`): Where it is published.
         base (`str`), revision (`str`, *optional*): Hub id and commit of its base.
+        licence (`str`, *optional*): The base's, which is the adapter's where it states none.
         about (`str`): What it says of itself.
     """
     readme = folder / "README.md"
@@ -151,6 +154,7 @@ def build_adapter_card(folder: Path, repo_id: str, base: str, revision: str | No
     data: Any = card.data
     data.library_name, data.pipeline_tag, data.base_model = "peft", "any-to-any", base
     data.base_model_relation = "adapter"
+    data.license = data.license or licence
     data.language = data.language or _languages(voices)
     data.tags = ["lora", *(data.tags or [])]
     _mark(data)

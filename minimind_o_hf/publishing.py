@@ -266,7 +266,7 @@ def upload(folder: Path, repo_id: str, private: bool, update: bool, message: str
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     there = [sibling.rfilename for sibling in found.siblings or []] if found else []
     if found is not None:
-        _check_repository(repo_id, found, there, private, update)
+        _check_repository(repo_id, found, there, files, private, update)
     stale = [name for name in there if name not in files and Path(name).suffix in REPLACED]
     operations = [CommitOperationAdd(name, folder / name) for name in files]
     operations += [CommitOperationDelete(name) for name in stale]
@@ -288,8 +288,14 @@ def check_name(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} is no name of a repository, which has the form OWNER/NAME: {error}") from error
 
 
-def _check_repository(repo_id: str, found: Any, there: list[str], private: bool, update: bool) -> None:
+def _check_repository(
+    repo_id: str, found: Any, there: list[str], files: list[str], private: bool, update: bool
+) -> None:
     """`ValueError` where a repository that is there is not one to publish into."""
+    kinds = {"config.json": "a checkpoint", "adapter_config.json": "an adapter", VOICES_NAME: "voices"}
+    held, own = (next((kinds[name] for name in kinds if name in names), None) for names in (there, files))
+    if held is not None and held != own:
+        raise ValueError(f"{repo_id} holds {held}, and this is {own}: give another name")
     if private and not found.private:
         raise ValueError(f"{repo_id} is there and public: make it private in its settings, or give another name")
     is_ours = MARKER in (found.card_data.to_dict() if found.card_data else {})

@@ -1,6 +1,5 @@
 """Fine-tuning every part of MiniMind-O with the Hugging Face Trainer, the speech side too."""
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.utils import logging
 from .checkpoints import WholeCheckpoints
 from .data import EpochSampler, MiniMindODataCollator, MiniMindODataset, MiniMindOIterableDataset
 from .modeling import MiniMindOForConditionalGeneration, describe_base
-from .modeling.adapters_minimind_o import BASE_NAME
+from .modeling.adapters_minimind_o import write_base
 from .sharding import ShardedTraining
 
 logger = logging.get_logger(__name__)
@@ -226,7 +225,7 @@ class MiniMindOTrainer(WholeCheckpoints, ShardedTraining):
         # The settings, pickled; nothing reads them.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self._base is not None:
-            (folder / BASE_NAME).write_text(json.dumps(self._base, indent=2) + "\n", encoding="utf-8")
+            write_base(folder, self._base)
 
     def _zeros(self) -> dict[str, torch.Tensor]:
         return defaultdict(lambda: torch.zeros((), device=self.args.device))

@@ -90,7 +90,7 @@ def add_arguments(commands: Any) -> None:
         metavar="DIR",
         action="append",
         default=[],
-        help="LoRA adapter trained on the model: directory or Hub id",
+        help="LoRA adapter trained on the model: directory or Hub id (one)",
     )
     say.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     say.add_argument("--seed", type=int, metavar="N", help="make the speech reproducible")

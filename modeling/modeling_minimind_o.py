@@ -49,7 +49,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.hub import resolve_revision
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .adapters_minimind_o import BASE_NAME, check_base, describe_base
+from .adapters_minimind_o import check_base, describe_base, unwrapped, write_base
 from .cache_minimind_o import MiniMindOCache
 from .configuration_minimind_o import MiniMindOConfig
 from .generation_minimind_o import MiniMindOGenerationMixin
@@ -604,6 +604,11 @@ def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], num_experts_per
     return total
 
 
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGenerationMixin):
     """
     MiniMind-O: text, speech and pictures in, text and speech codes out.
@@ -772,8 +777,10 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
                 output_loading_info=output_loading_info,
                 **{**kwargs, "dtype": torch.float32},
             )
-        # transformers no longer keeps the commit; an adapter names its base's.
-        model.config._commit_hash = getattr(revision, "resolved", revision)
+        # transformers no longer keeps the commit; an adapter names its base's. (`path` may be an adapter's.)
+        commit = str(getattr(revision, "resolved", revision))
+        is_commit = re.fullmatch("[0-9a-f]{40}", commit) and model.config.name_or_path == str(path)
+        model.config._commit_hash = commit if is_commit else None
         model._fill_generation_defaults()
         model.freeze_encoders()  # loading replaces the parameters
         return (model, info) if output_loading_info else model
@@ -789,57 +796,112 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
         config["auto_map"] = AUTO_MAP
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs):
+    def load_adapter(
+        self,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        *,
+        hotswap: bool | str = "auto",
+        **kwargs,
+    ):
         """
         As [`~integrations.PeftAdapterMixin.load_adapter`]; of an adapter that cannot be put on, nothing is left.
 
         Raises:
-            ValueError: The adapter was trained on another model; both are named.
+            ValueError: The adapter was trained on another model (both are named), is pickled or damaged, has tensors
+                that are missing or have no place, or a name that PEFT cannot use.
+            OSError: It is not there.
         """
         name = adapter_name or "default"
-        if name in "lora_":
-            raise ValueError(f"PEFT cannot tell an adapter named {name!r} from its own tensors: give another name.")
+        if name in "lora_" or "." in name:
+            raise ValueError(f"An adapter cannot be named {name!r}, which PEFT takes for a part of its own names.")
+        where = {**kwargs, **(kwargs.get("adapter_kwargs") or {})}
         if peft_model_id is not None:
-            check_base(self, peft_model_id, **{**kwargs, **(kwargs.get("adapter_kwargs") or {})})
-        loaded, adapters = self._hf_peft_config_loaded, set(getattr(self, "peft_config", {}))
-        before, active = set(self.state_dict()), self.active_adapters() if adapters else []
+            check_base(self, peft_model_id, **where)
+        is_there = name in getattr(self, "peft_config", {})
+        swaps = getattr(self, "_hotswap_enabled", False) and is_there if hotswap == "auto" else hotswap
+        # By name: transformers refuses remote code whose imports it cannot find.
+        peft = importlib.import_module("peft")
+        tensors = kwargs.get("adapter_state_dict")
+        if swaps and is_there:
+            tensors = peft.load_peft_weights(peft_model_id, "cpu") if tensors is None else tensors
+            own = peft.get_peft_model_state_dict(self, adapter_name=name)
+            changed = {key.removeprefix("base_model.model.") for key in tensors} ^ set(own)
+            if changed:
+                raise ValueError(
+                    f"The adapter {peft_model_id} is to replace one with other tensors: {_some(changed)}."
+                )
+        before, active = set(self.state_dict()), self.active_adapters() if self._hf_peft_config_loaded else []
         # Its report takes what other adapters and the model itself hold for missing, where a name has "lora" in it.
         report = logging.get_logger("transformers.integrations.peft")
         level = report.level
         report.setLevel("ERROR")
+        self._adapter_changes = vars(self).get("_adapter_changes", 0) + 1
+        conversions = getattr(self, "_weight_conversions", None)
         try:
-            found = super().load_adapter(peft_model_id, adapter_name, **kwargs)
-            found.missing_keys = {
+            found = super().load_adapter(peft_model_id, adapter_name, hotswap=hotswap, **kwargs)
+            missing = {
                 key for key in found.missing_keys - before if not re.search(r"\.(base_layer|original_module)\.", key)
             }
-            if found.missing_keys or found.unexpected_keys:
-                some = sorted({*found.missing_keys, *found.unexpected_keys})
-                raise ValueError(
-                    f"{len(some)} tensors of the adapter {peft_model_id} are missing or have no place in "
-                    f"{self.name_or_path or 'this model'}, among them {some[0]}: load the model it was trained on."
+            if (missing or found.unexpected_keys) and peft_model_id is not None and tensors is None:
+                # transformers does not know every name that PEFT gives, such as those of DoRA.
+                tensors = {
+                    key.removeprefix("base_model.model."): value
+                    for key, value in peft.load_peft_weights(peft_model_id, "cpu").items()
+                }
+                found.unexpected_keys = set(
+                    peft.set_peft_model_state_dict(self, tensors, adapter_name=name).unexpected_keys
                 )
+                missing = set(peft.get_peft_model_state_dict(self, adapter_name=name)) - set(tensors)
+            if missing or found.unexpected_keys:
+                raise ValueError(
+                    f"Tensors of the adapter {peft_model_id} are missing or have no place in "
+                    f"{self.name_or_path or 'this model'}: {_some({*missing, *found.unexpected_keys})}. Load the "
+                    "model it was trained on, with the configuration it was saved with."
+                )
+            found.missing_keys = missing
             return found
         except Exception as error:
-            if name not in adapters and name in getattr(self, "peft_config", {}):
-                self.delete_adapter(name)
-                self._hf_peft_config_loaded = loaded
+            if not is_there:
+                if name in getattr(self, "peft_config", {}):
+                    super().delete_adapter(name)
+                self._unwrap()
                 if active:
                     self.set_adapter(active)
             if "ignore_mismatched_sizes" in str(error):
                 raise ValueError(
-                    f"The adapter {peft_model_id} has tensors of other sizes than those of "
-                    f"{self.name_or_path or 'this model'}: load the model it was trained on."
+                    f"The adapter {peft_model_id} has tensors of other sizes than its configuration gives "
+                    f"{self.name_or_path or 'this model'}: load the model it was trained on, with the configuration "
+                    "it was saved with."
                 ) from error
+            if isinstance(error, (KeyError, TypeError, SafetensorError)):
+                raise ValueError(f"The adapter {peft_model_id} cannot be read, it is damaged: {error!r}.") from error
             raise
         finally:
             report.setLevel(level)
+            # By these the model is saved, once it has no adapters: an adapter's would rename all of its tensors.
+            self._weight_conversions = conversions
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """As [`~integrations.PeftAdapterMixin.delete_adapter`]; after the last one the model is as it was."""
+        super().delete_adapter(adapter_names)
+        self._adapter_changes = vars(self).get("_adapter_changes", 0) + 1
+        self._unwrap()
+
+    def _unwrap(self) -> None:
+        """Takes PEFT's layers out, once there are no adapters."""
+        if getattr(self, "peft_config", {}):
+            return
+        self._hf_peft_config_loaded = False
+        for parent in list(self.modules()):
+            for name, module in list(parent.named_children()):
+                setattr(parent, name, unwrapped(module))
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """As [`~integrations.PeftAdapterMixin.set_adapter`]; adapters may differ in the modules they train whole."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if not self._hf_peft_config_loaded or set(names) - set(self.peft_config):
             super().set_adapter(adapter_name)  # which says what is wrong
-        # By name: transformers refuses remote code whose imports it cannot find.
         importlib.import_module("peft.functional").set_adapter(self, adapter_name)
 
     def enable_adapters(self) -> None:
@@ -852,13 +914,14 @@ class MiniMindOForConditionalGeneration(MiniMindOPreTrainedModel, MiniMindOGener
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As [`PreTrainedModel.save_pretrained`]; adapters that are loaded are saved alone, with their base's name."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self._hf_peft_config_loaded and (Path(save_directory) / "adapter_config.json").is_file():
-            base = json.dumps(describe_base(self), indent=2) + "\n"
-            (Path(save_directory) / BASE_NAME).write_text(base, encoding="utf-8")
+        if self._hf_peft_config_loaded:
+            write_base(save_directory, describe_base(self))
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         if (Path(working_dir) / "config.json").is_file():  # not where adapters alone are saved
             self.save_code(working_dir)
+        if self._hf_peft_config_loaded:
+            write_base(working_dir, describe_base(self))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:

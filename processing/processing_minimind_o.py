@@ -183,6 +183,8 @@ class MiniMindOProcessor(OmniModalProcessorMixin):
             ValueError: One of them does not suit the model; none is put then.
             OSError: There is no such source, or its file is damaged.
         """
+        if not os.path.exists(source) and os.fspath(source).count("/") != 1:
+            raise FileNotFoundError(f"There is no directory {source}, and a Hub id has the form OWNER/NAME.")
         file = cached_file(source, VOICES_NAME, **kwargs, _raise_exceptions_for_missing_entries=False)
         found = load_voices(file) if file else {}
         checked = {check_voice_name(name): self._check_voice(found[name], f"voice {name!r}") for name in found}

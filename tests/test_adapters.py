@@ -238,17 +238,21 @@ def other_base(kind, tiny_model):
     if kind == "other weights":
         torch.manual_seed(5)
         base = type(nano())(nano().config)
-    elif kind == "talker trained on":
+    elif kind == "another adapter merged in":
+        base = changed(7, train_codec=False).merge_and_unload()
+    elif kind == "a projector trained on":
         base = nano()
         with torch.no_grad():
-            base.talker.embed_tokens.base.weight.mul_(1.1)
+            base.audio_proj.mlp[0].weight.mul_(1.02)
     else:
         base = tiny_model(audio_config=None, vision_config=None)
     base.config.name_or_path = "somebody/else"
     return base.eval()
 
 
-@pytest.mark.parametrize("kind", ["other weights", "talker trained on", "other sizes"])
+@pytest.mark.parametrize(
+    "kind", ["other weights", "another adapter merged in", "a projector trained on", "other sizes"]
+)
 def test_an_adapter_of_another_base_is_refused_with_both_names(adapters, tiny_model, kind):
     base = other_base(kind, tiny_model)
     with torch.no_grad():
@@ -258,7 +262,9 @@ def test_an_adapter_of_another_base_is_refused_with_both_names(adapters, tiny_mo
             put_on_base(adapters / "calm")
         assert "somebody/else" in str(caught.value)
         assert str(default_checkpoint()) in str(caught.value)
-        assert before.keys() == base.state_dict().keys()
+        after = base.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in after)
         assert not base._hf_peft_config_loaded
 
 
@@ -284,16 +290,87 @@ def spoilt(adapters, folder, spoil):
 def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(adapters, expected, tmp_path, spoil, said):
     folder = spoilt(adapters, tmp_path / "spoilt", spoil)
     model = nano()
-    with pytest.raises(ValueError, match=said):
-        model.load_adapter(folder)
-    assert not model._hf_peft_config_loaded
-    assert same(outputs(model), expected[None])
+    names = set(model.state_dict())
+    for put_it_on in (model.load_adapter, lambda folder: merge_adapter(model, folder)):
+        with pytest.raises(ValueError, match=f"{said}|se the model it was trained on"):
+            put_it_on(folder)
+        assert not model._hf_peft_config_loaded
+        assert set(model.state_dict()) == names
+        assert same(outputs(model), expected[None])
     model.load_adapter(adapters / "calm")
     with pytest.raises(ValueError, match=said):
         model.load_adapter(folder, "second")
     assert same(outputs(model), expected["calm"])
-    with pytest.raises(ValueError, match="Use the model it was trained on"):
-        merge_adapter(nano(), folder)
+
+
+def test_without_its_adapters_the_model_is_what_it_was(adapters, tmp_path):
+    model = nano()
+    before = model.state_dict()
+    for name in ("calm", "talker"):
+        model.load_adapter(adapters / name, name)
+    model.delete_adapter(["talker", "calm"])
+    assert model.state_dict().keys() == before.keys()
+    model.save_pretrained(tmp_path)
+    assert same(outputs(AutoModelForMultimodalLM.from_pretrained(tmp_path)), outputs(nano()))
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}], ids=["DoRA", "rsLoRA"])
+def test_other_kinds_of_lora_load(settings, tmp_path):
+    model = changed(3, **settings)
+    model.save_pretrained(tmp_path)
+    loaded = nano()
+    loaded.load_adapter(tmp_path)
+    assert same(outputs(loaded), outputs(model))
+
+
+def test_an_adapter_of_tied_embeddings_is_loaded_but_not_merged(tmp_path):
+    model = get_peft_model(
+        nano(), peft.LoraConfig(r=2, target_modules=r"model\.embed_tokens", init_lora_weights=False)
+    )
+    model.eval().save_pretrained(tmp_path)
+    loaded = nano()
+    loaded.load_adapter(tmp_path)
+    assert same(outputs(loaded), outputs(model))
+    base = nano()
+    with pytest.raises(ValueError, match="can be loaded, but not merged"):
+        merge_adapter(base, tmp_path)
+    assert same(outputs(base), outputs(nano()))
+
+
+def test_hot_swapping_takes_an_adapter_of_the_same_tensors_alone(adapters, expected, tmp_path):
+    torch.manual_seed(9)
+    changed(9).save_pretrained(tmp_path)
+    model = nano()
+    model.load_adapter(tmp_path, "x")
+    model.load_adapter(adapters / "talker", "x", hotswap=True)
+    assert same(outputs(model), expected["talker"])
+    with pytest.raises(ValueError, match="other tensors"):
+        model.load_adapter(adapters / "calm", "x", hotswap=True)
+    assert same(outputs(model), expected["talker"])
+
+
+def test_an_adapter_with_a_name_of_its_own_has_its_base_beside_it(tmp_path):
+    get_peft_model(nano(), lora_config("talker", rank=1), "voice").save_pretrained(tmp_path)
+    assert read_adapter(tmp_path / "voice").has_probe
+
+
+def test_several_are_put_on_all_or_none(adapters, expected, tmp_path):
+    processor = AutoProcessor.from_pretrained(default_checkpoint(), load_audio_tokenizer=False)
+    model, voices = nano(), set(processor.voices)
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        put_on(model, processor, [adapters / "calm", tmp_path / "gone"])
+    folder = spoilt(adapters, tmp_path / "spoilt", lambda tensors, name: tensors.pop(name))
+    with pytest.raises(ValueError, match="missing"):
+        put_on(model, processor, [adapters / "calm", folder])
+    assert same(outputs(model), expected[None])
+    assert not model._hf_peft_config_loaded
+    assert set(processor.voices) == voices
+    for name in ("lora", "a.b"):
+        shutil.copytree(adapters / "talker", tmp_path / name)
+    names = put_on(model, processor, [tmp_path / "lora", adapters / "calm", tmp_path / "a.b", adapters / "calm"])
+    assert names == ["lora-2", "calm", "a-b", "calm-2"]
+    assert same(outputs(model), expected["talker"])
+    assert set(processor.voices) == voices | {"me"}
 
 
 def test_what_is_no_adapter_is_refused(adapters, tmp_path):
@@ -303,19 +380,34 @@ def test_what_is_no_adapter_is_refused(adapters, tmp_path):
         read_adapter(tmp_path)
     folder = tmp_path / "copy"
     shutil.copytree(adapters / "talker", folder)
-    (folder / "base_model.json").write_text('{"probe": "x"}')
-    with pytest.raises(ValueError, match="damaged"):
-        read_adapter(folder)
+    whole = (folder / "base_model.json").read_text()
+    for damage in ({"probe": "x"}, {"probe": {}}, {"probe": {"a": [1]}}, {"name": ["x"]}, {"revision": 3}):
+        (folder / "base_model.json").write_text(json.dumps(json.loads(whole) | damage))
+        with pytest.raises(ValueError, match="damaged"):
+            read_adapter(folder)
     (folder / "base_model.json").unlink()
+    settings = (folder / "adapter_config.json").read_text()
+    for damage in ({"lora_alpha": "x"}, {"r": "x"}, {"modules_to_save": 5}, {"peft_type": "NOPE"}):
+        (folder / "adapter_config.json").write_text(json.dumps(json.loads(settings) | damage))
+        with pytest.raises(ValueError, match=r"adapter_config\.json of"):
+            read_adapter(folder)
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        read_adapter(folder)
+    (folder / "adapter_config.json").write_text(settings)
     (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="damaged"):
         read_adapter(folder)
+    with pytest.raises(ValueError, match="damaged"):
+        nano().load_adapter(folder)
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="pickle"):
-        read_adapter(folder)
-    with pytest.raises(ValueError, match="another name"):
-        nano().load_adapter(adapters / "talker", "lora")
+    for read in (read_adapter, nano().load_adapter, lambda folder: merge_adapter(nano(), folder)):
+        with pytest.raises(ValueError, match="pickle"):
+            read(folder)
+    for name in ("lora", "a.b"):
+        with pytest.raises(ValueError, match="cannot be named"):
+            nano().load_adapter(adapters / "talker", name)
 
 
 def test_the_trainer_leaves_what_tells_the_base_and_no_pickle(batch, tmp_path):
@@ -359,12 +451,34 @@ def test_adapters_switch_while_a_conversation_goes_on(adapters, wrapped):
     assert len(conversation.messages) == 8
 
 
+@pytest.mark.parametrize("way", ["loaded anew", "merged", "scaled"])
+def test_a_conversation_notices_other_weights_under_the_same_name(adapters, way):
+    processor = AutoProcessor.from_pretrained(default_checkpoint())
+    model = nano()
+    model.load_adapter(adapters / "talker", "x")
+    conversation = Conversation(model, processor)
+    conversation.ask("Hello", seed=1, max_new_tokens=4)
+    if way == "loaded anew":
+        model.delete_adapter("x")
+        model.load_adapter(adapters / "calm", "x")
+    elif way == "merged":
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.base_layer.weight.mul_(1.5)
+    else:
+        model.model.layers[0].mlp.down_proj.set_scale("x", 3.0)
+    cold = Conversation(model, processor)
+    cold._turns = list(conversation._turns)
+    settings = {"seed": 1, "max_new_tokens": 6}
+    assert torch.equal(conversation.ask("Who are you?", **settings).audio, cold.ask("Who are you?", **settings).audio)
+
+
 def test_in_chat(adapters, capsys, tmp_path, monkeypatch):
     lines = iter(["/adapter talker", "/adapter", "/adapter calm", "/adapter loud", "/voice me", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     options = ["--adapter", str(adapters / "calm"), "--adapter", str(adapters / "talker")]
     assert main(["chat", *options, "--out", str(tmp_path / "reply.wav")]) == 0
     printed = capsys.readouterr()
+    assert "Adapters: calm, talker" in printed.err
     assert re.findall(r"Adapter: (\w+)", printed.out) == ["talker", "none", "calm"]
     assert "Voice: me" in printed.out
     assert "no adapter 'loud'" in printed.err
@@ -411,6 +525,14 @@ def test_merged_weights_have_the_type_of_the_base(adapters, tmp_path):
     after = load_file(tmp_path / "merged" / "model.safetensors")
     assert (tmp_path / "merged" / "config.json").read_bytes() == (default_checkpoint() / "config.json").read_bytes()
     assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
+    for name, tensor in before.items():
+        if name.startswith("vision_tower"):
+            before[name] = tensor.float()
+    other = shutil.copytree(default_checkpoint(), tmp_path / "mixed")
+    save_file(before, other / "model.safetensors", metadata={"format": "pt"})
+    merge_checkpoint(adapters / "talker", tmp_path / "of mixed", base=other)
+    after = load_file(tmp_path / "of mixed" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
     same_tensors = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith(("audio_", "vision_", "model.embed"))} <= same_tensors
 
@@ -437,6 +559,12 @@ def test_merging_refuses_and_leaves_nothing(adapters, tmp_path, capsys):
     assert main(["adapter", "merge", str(moved), str(target), "--model", str(default_checkpoint())]) == 0
     assert main(["adapter", "merge", str(moved), str(target), "--model", str(default_checkpoint())]) == 1
     assert "--overwrite" in capsys.readouterr().err
+    assert main(["adapter", "merge", str(moved), str(other), "--model", str(other), "--overwrite"]) == 1
+    assert "another directory" in capsys.readouterr().err
+    save_file(load_file(adapters / "calm" / "voices.safetensors"), moved / "voices.safetensors")  # without notes
+    assert main(["adapter", "merge", str(moved), str(tmp_path / "new"), "--model", str(default_checkpoint())]) == 1
+    assert "The voice 'me'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_info(adapters, capsys, tmp_path):

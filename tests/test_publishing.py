@@ -596,6 +596,7 @@ def test_an_adapter_is_published_with_its_base_and_its_voices(hub, trained, caps
     card = ModelCard(repository.files["README.md"].decode())
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"], data["library_name"]) == (NAME, "adapter", "peft")
+    assert data["license"] == "apache-2.0"
     for told in (f'from_pretrained("{NAME}", revision="{hub.repositories[NAME].sha}")', "| me | en | CC0-1.0 |"):
         assert told in card.text
     assert str(trained) not in card.text
@@ -622,6 +623,10 @@ def test_an_adapter_merges_from_the_hub(hub, trained, tmp_path):
     assert torch.equal(codes_of(AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged")), expected)
     card = ModelCard.load(tmp_path / "merged" / "README.md")
     assert card.data.base_model == [NAME, ADAPTER]
+    assert card.data.license == "apache-2.0"
+    # Its base came with its code, and so does it.
+    said = run(sys.executable, LOAD + GENERATE + SHOW, tmp_path / "merged", folder=tmp_path)
+    assert said.endswith(str(expected.tolist()))
 
 
 def test_an_adapter_of_a_base_that_is_here_needs_its_name_on_the_hub(hub, base, tmp_path, capsys):
@@ -655,10 +660,19 @@ def test_an_adapter_that_does_not_pass_is_not_published(hub, trained, tmp_path, 
     refused("NaN")
     save_file(tensors, trained / "adapter_model.safetensors")
     described = json.loads((trained / "base_model.json").read_text())
-    edit(trained / "base_model.json", probe=[value + 1 for value in described["probe"]])
+    edit(trained / "base_model.json", probe={name: [1.5, 2.5] for name in described["probe"]})
     refused(f"trained on {NAME}")
     edit(trained / "base_model.json", probe=described["probe"])
     refused("somebody/gone", "--base", "somebody/gone")
+    (trained / "optimizer.pt").write_bytes(b"")
+    refused("holds pickles")
+    (trained / "optimizer.pt").unlink()
+    files = dict(hub.repositories[NAME].files)
+    for repository in (NAME, "somebody/copy"):
+        hub.repositories["somebody/copy"] = Repository(files=files)
+        assert main(["adapter", "push", str(trained), repository, "--update"]) == 1
+        assert re.search("repository of its own|holds a checkpoint", capsys.readouterr().err)
+        assert hub.repositories[repository].files == files
     hub.repositories[ADAPTER] = Repository(files={"weights.bin": b"other"})
     assert main(["adapter", "push", str(trained), ADAPTER]) == 1
     assert "--update" in capsys.readouterr().err
@@ -675,7 +689,8 @@ def test_push_to_hub_of_an_adapter(hub, trained, wrapped):
     else:
         adapted = AutoModelForMultimodalLM.from_pretrained(NAME)
         adapted.load_adapter(str(trained))
-    adapted.push_to_hub(ADAPTER)
+    adapted.push_to_hub(ADAPTER, private=True)
+    assert hub.repositories[ADAPTER].private
     files = hub.repositories[ADAPTER].files
     assert {"adapter_config.json", "adapter_model.safetensors", "base_model.json"} <= set(files)
     assert not [name for name in files if name.endswith((".bin", ".py"))]

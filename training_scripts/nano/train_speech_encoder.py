@@ -1,6 +1,6 @@
 """Trains the nano speech encoder: a small `FunAsrNanoEncoder` that reads spoken questions, by CTC.
 
-    python training_scripts/nano/train_speech_encoder.py WORK            (about 25 minutes on one core)
+    python training_scripts/nano/train_speech_encoder.py WORK            (about 75 minutes on one core)
     python training_scripts/nano/train_speech_encoder.py WORK --quick
     python training_scripts/nano/train_speech_encoder.py WORK --steps 6000 --start COPY.pt
 
@@ -37,11 +37,11 @@ from transformers.models.fun_asr_nano import FunAsrNanoEncoder
 from minimind_o_hf.data import FeatureMasking, SpeechAugmentation
 from minimind_o_hf.files import new_directory, new_file
 
-VERSION = 1
+VERSION = 2
 BATCH = 24
 PIECES = 160  # of the middle head
 MIDDLE = 3  # layers below it
-QUESTIONS = 0.7  # of the batches; the others are of answers
+QUESTIONS = 0.75  # of the batches; the others are of answers
 AUGMENTED = 0.5  # of the batches: with augmentation alone CTC takes much longer to find its first words
 NEIGHBOURS = 16  # batches of about one length, from which one is drawn
 
@@ -258,7 +258,7 @@ def plot(history: Sequence[dict], errors: dict[str, dict], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains the encoder and has it judged."""
-    options = encoder_arguments(__doc__, 4000, 4).parse_args(arguments)
+    options = encoder_arguments(__doc__, 9000, 4).parse_args(arguments)
     settings = {
         "version": VERSION,
         "seed": 0,

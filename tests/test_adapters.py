@@ -1,6 +1,7 @@
 """LoRA adapters: they train, are saved small with what tells their base and voices, load onto it alone, switch while a
 conversation goes on, and merge into the same voice."""
 
+import io
 import itertools
 import json
 import re
@@ -473,8 +474,8 @@ def test_a_conversation_notices_other_weights_under_the_same_name(adapters, way)
 
 
 def test_in_chat(adapters, capsys, tmp_path, monkeypatch):
-    lines = iter(["/adapter talker", "/adapter", "/adapter calm", "/adapter loud", "/voice me", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    lines = ["/adapter talker", "/adapter", "/adapter calm", "/adapter loud", "/voice me", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     options = ["--adapter", str(adapters / "calm"), "--adapter", str(adapters / "talker")]
     assert main(["chat", *options, "--out", str(tmp_path / "reply.wav")]) == 0
     printed = capsys.readouterr()

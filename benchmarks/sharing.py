@@ -1,6 +1,6 @@
 """What it takes to check, merge and export: seconds and megabytes, against copying the same files.
 
-    python benchmarks/sharing.py                 # the packaged nano and the released size; ten minutes on two cores
+    python benchmarks/sharing.py                 # the packaged nano and, but for ONNX, the released size; minutes
     python benchmarks/sharing.py --quick         # nano alone, a minute
 
 Checking (`minimind-o publish --dry-run`) copies a checkpoint, loads it and has it answer; merging reads base and
@@ -46,7 +46,7 @@ def row(name: str, made: Path, took: float, scratch: Path) -> None:
         shutil.rmtree(scratch / f"{name} {number}")
 
 
-def measure(checkpoint: Path, scratch: Path) -> None:
+def measure(checkpoint: Path, scratch: Path, with_onnx: bool) -> None:
     """The rows of one checkpoint."""
     adapter = scratch / "adapter"
     model: Any = AutoModelForMultimodalLM.from_pretrained(checkpoint)
@@ -59,8 +59,9 @@ def measure(checkpoint: Path, scratch: Path) -> None:
         "checked for publishing": lambda out: publish(checkpoint, "somebody/model", dry_run=out),
         "merged": lambda out: merge_checkpoint(adapter, out),
         "Thinker as Qwen3": lambda out: export_thinker(checkpoint, out),
-        "ONNX": lambda out: export_onnx(checkpoint, out),
     }
+    if with_onnx:
+        jobs["ONNX"] = lambda out: export_onnx(checkpoint, out)
     for name, job in jobs.items():
         out = scratch / name
         row(name, out, seconds(lambda job=job, out=out: job(out)), scratch)
@@ -78,10 +79,10 @@ def main() -> None:
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as folder:
         nano = Path(shutil.copytree(default_checkpoint(), Path(folder) / "nano", copy_function=shutil.copyfile))
-        measure(nano, Path(folder) / "of nano")
+        measure(nano, Path(folder) / "of nano", with_onnx=True)
         if not options.quick:
             init_checkpoint("dense", Path(folder) / "dense")
-            measure(Path(folder) / "dense", Path(folder) / "of dense")
+            measure(Path(folder) / "dense", Path(folder) / "of dense", with_onnx=False)
 
 
 if __name__ == "__main__":

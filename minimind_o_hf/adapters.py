@@ -33,7 +33,7 @@ except ImportError as error:
 from .files import new_directory, new_file
 from .model_card import build_adapter_card, build_merged_card
 from .modeling import MiniMindOForConditionalGeneration, check_base, describe_base, read_base
-from .modeling.adapters_minimind_o import BASE_NAME, CONFIG_NAME, WEIGHTS_NAME, write_base
+from .modeling.adapters_minimind_o import BASE_NAME, CONFIG_NAME, WEIGHTS_NAME, check_weights, write_base
 from .processing import MiniMindOProcessor
 from .processing.voices_minimind_o import VOICES_NAME
 from .publishing import CHECKPOINT_FILES, PICKLES, check_answer, check_name, upload
@@ -202,9 +202,7 @@ def read_adapter(adapter: str | os.PathLike, **kwargs) -> AdapterInfo:
     """
     folder = _fetch(adapter, ADAPTER_FILES, **kwargs)
     base = read_base(folder)
-    if not (folder / WEIGHTS_NAME).is_file():
-        pickled = ", but a pickle, which can run code" if (folder / "adapter_model.bin").is_file() else ""
-        raise ValueError(f"{adapter} has no {WEIGHTS_NAME}{pickled}: save it again with PEFT, which writes one.")
+    check_weights(folder)
     config = _read_config(folder, adapter)
     parts: dict[str, int] = {}
     try:

@@ -143,6 +143,14 @@ def _read_json(path: Any, adapter: Any) -> dict[str, Any]:
     return content
 
 
+def check_weights(adapter: str | os.PathLike, **kwargs) -> None:
+    """Refuses an adapter without weights in safetensors; arguments and errors as [`read_base`]."""
+    if _file(adapter, WEIGHTS_NAME, kwargs, is_needed=False) is None:
+        pickled = _file(adapter, "adapter_model.bin", kwargs, is_needed=False)
+        reason = ", but a pickle, which can run code" if pickled else ""
+        raise ValueError(f"The adapter {adapter} has no {WEIGHTS_NAME}{reason}: save it again with PEFT.")
+
+
 def check_base(model: nn.Module, adapter: str | os.PathLike, **kwargs) -> None:
     """
     Refuses an adapter that was trained on another model, and one whose weights are pickled.
@@ -155,10 +163,7 @@ def check_base(model: nn.Module, adapter: str | os.PathLike, **kwargs) -> None:
         ValueError: It was trained on another model (both are named), or is none to be loaded.
     """
     base = read_base(adapter, **kwargs)
-    if _file(adapter, WEIGHTS_NAME, kwargs, is_needed=False) is None:
-        pickled = _file(adapter, "adapter_model.bin", kwargs, is_needed=False)
-        reason = ", but a pickle, which can run code" if pickled else ""
-        raise ValueError(f"The adapter {adapter} has no {WEIGHTS_NAME}{reason}: save it again with PEFT.")
+    check_weights(adapter, **kwargs)
     if base["probe"] is None:
         return
     found = base_probe(model)
@@ -200,6 +205,7 @@ __all__ = [
     "adapters_in_use",
     "base_probe",
     "check_base",
+    "check_weights",
     "describe_base",
     "read_base",
     "unwrapped",

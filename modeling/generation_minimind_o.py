@@ -530,6 +530,24 @@ class MiniMindOGenerationMixin(GenerationMixin):
         rows = [torch.rand(size, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
         return torch.stack(rows).to(device)
 
+    def start_decoding(self, streamer: BaseStreamer | None = None, **inputs) -> "MiniMindODecoding":
+        """
+        Prepares answers that the caller steps, who may so step several apart from each other with one call of the
+        model for all. Nothing has run through the model yet.
+
+        Args:
+            streamer (`BaseStreamer`, *optional*): As in `generate`.
+            **inputs: As in `generate`, whose checks are made here.
+
+        Returns:
+            [`MiniMindODecoding`].
+        """
+
+        def prepare(model, input_ids, **settings):
+            return MiniMindODecoding(model, input_ids, streamer=streamer, **settings)
+
+        return self.generate(**inputs, streamer=streamer, custom_generate=prepare)
+
     def _sample(
         self,
         input_ids: torch.LongTensor,
@@ -540,209 +558,23 @@ class MiniMindOGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs,
     ) -> MiniMindOGenerateOutput | torch.LongTensor:
-        """One step: the text token, then the codes of all codebooks, from the last position's scores."""
-        config, device = self.config, input_ids.device
-        batch_size, prompt_length = input_ids.shape
-        num_codebooks = config.num_codebooks
-        speaks = generation_config.generation_mode != "text"
-        model_kwargs["run_talker"] = speaks
-        if not speaks:
-            model_kwargs.pop("audio_codes", None)
-        do_sample = generation_config.do_sample
-        max_steps = max(generation_config.max_length - prompt_length, 1)
-        cache = model_kwargs.get("past_key_values")
-        room = cache.get_max_length() if cache is not None and len(cache.layers) else -1
-        if 0 < room < generation_config.max_length - 1:
-            raise ValueError(
-                f"The cache has room for {room} positions, but prompt and answer may take "
-                f"{generation_config.max_length - 1}: make it larger, or lower `max_new_tokens`."
-            )
-        uniforms = self._uniforms(generation_config.seeds, batch_size, max_steps if do_sample else 0, device)
-        pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
-        post_text = generation_config.post_text_token_id
-        ends_text = [c for c in stopping_criteria if isinstance(c, (EosTokenCriteria, StopStringCriteria))]
-        ends_row = [
-            c
-            for c in stopping_criteria
-            if not isinstance(c, (EosTokenCriteria, StopStringCriteria, MaxLengthCriteria))
-        ]
-
-        # What logits processors and criteria see: the text alone, without the fill after its end.
-        text_ids = input_ids
-        thinks = self._thinks(input_ids) if prompt_length else torch.zeros(batch_size, dtype=torch.bool, device=device)
-        think_end = torch.tensor(config.think_end_ids, device=device)
-
-        # Step at which codebook 0 starts: one after the text's first token, two after the last of `</think>\n\n`.
-        never = max_steps + num_codebooks
-        start = torch.where(thinks, never, 1)
-        delay = torch.arange(num_codebooks, device=device)
-        history = torch.full((batch_size, num_codebooks, max_steps), config.audio_pad_token, device=device)
-        stopped = torch.zeros(batch_size, num_codebooks, dtype=torch.bool, device=device)
-        speech_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        text_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        text_steps = torch.zeros(batch_size, dtype=torch.long, device=device)
-        row_steps = torch.zeros(batch_size, dtype=torch.long, device=device)
-        finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        is_complete = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        feed_post_text = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        no_frame_start = torch.zeros(batch_size, dtype=torch.long, device=device)
-
-        keep = generation_config.return_dict_in_generate
-        records = {
-            name: () if keep and wanted else None
-            for name, wanted in (
-                ("scores", generation_config.output_scores),
-                ("logits", generation_config.output_logits),
-                ("audio_scores", generation_config.output_scores and speaks),
-                ("audio_logits", generation_config.output_logits and speaks),
-                ("attentions", generation_config.output_attentions),
-                ("hidden_states", generation_config.output_hidden_states),
-            )
-        }
-
-        def record(name: str, value: Any):
-            if records[name] is not None:
-                records[name] += (value,)
-
+        decoding = MiniMindODecoding(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, **model_kwargs
+        )
         model_forward = (
             self.get_compiled_call(generation_config.compile_config)
-            if self._valid_auto_compile_criteria(model_kwargs, generation_config)
+            if self._valid_auto_compile_criteria(decoding.model_kwargs, generation_config)
             else self.__call__
         )
-
-        step, all_finished = 0, False
         with self._optimize_model_for_decode():
-            outputs = self._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-            while self._has_unfinished_sequences(all_finished, synced_gpus, device=device):
-                if step > 0:
-                    model_inputs = self.prepare_inputs_for_generation(
-                        input_ids, next_sequence_length=1 if model_kwargs["use_cache"] else None, **model_kwargs
-                    )
-                    outputs = model_forward(**model_inputs, return_dict=True)
-                model_kwargs = self._update_model_kwargs_for_generation(outputs, model_kwargs)
-                if synced_gpus and all_finished:
-                    continue
-
-                # Text
-                logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
-                scores = logits_processor(text_ids, logits)
-                uniform = None
-                if do_sample:
-                    uniform = (
-                        torch.rand(batch_size, 1 + num_codebooks, device=device)
-                        if uniforms is None
-                        else uniforms[:, step]
-                    )
-                    token = sample_from_uniform(scores, uniform[:, 0])
-                else:
-                    token = scores.argmax(dim=-1)
-                # A sum is finite where everything in it is, and costs a tenth of looking at each score.
-                is_broken = ~torch.isfinite(logits.sum())
-                # A row that a criterion has ended says nothing more, though others go on.
-                text_was_live = ~text_ended & ~finished
-                text_token = torch.where(text_was_live, token, pad)
-                text_ids = torch.cat([text_ids, text_token[:, None]], dim=-1)
-                fed_token = torch.where(feed_post_text, post_text, text_token)
-                input_ids = torch.cat([input_ids, fed_token[:, None]], dim=-1)
-                text_steps += text_was_live
-                for criterion in ends_text:
-                    text_ended = text_ended | criterion(text_ids, scores)
-                feed_post_text = text_was_live & text_ended
-                if text_ids.shape[1] >= len(think_end):
-                    just_thought = thinks & text_was_live & (text_ids[:, -len(think_end) :] == think_end).all(dim=-1)
-                    start = torch.where(just_thought & (start == never), step + 2, start)
-
-                # Codes
-                row_ends = text_ended
-                frame, has_frame = None, None
-                if speaks:
-                    audio_logits = outputs.audio_logits[:, :, -1].to(copy=True, dtype=torch.float32, device=device)
-                    is_broken = is_broken | ~torch.isfinite(audio_logits.sum())
-                    window = history[:, :, max(step - generation_config.audio_repetition_window, 0) : step]
-                    audio_scores = penalize_repetition(
-                        audio_logits, window, generation_config.audio_repetition_penalty
-                    )
-                    if do_sample:
-                        top_k = min(generation_config.audio_top_k or config.audio_vocab_size, config.audio_vocab_size)
-                        top_scores, top_codes = audio_scores.topk(top_k, dim=-1)
-                        drawn = sample_from_uniform(top_scores / generation_config.audio_temperature, uniform[:, 1:])
-                        codes = top_codes.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
-                    else:
-                        codes = audio_scores.argmax(dim=-1)
-                    started = step >= start[:, None] + delay
-                    codes = torch.where(started, codes, config.audio_pad_token)
-                    history[:, :, step] = codes
-                    stopped |= started & (codes >= config.audio_codebook_size)
-                    if step >= num_codebooks - 1:
-                        # The diagonal of the last steps is the frame that its last codebook completes now.
-                        diagonal = history[:, :, step - num_codebooks + 1 : step + 1]
-                        frame, is_frame = revert_delay_pattern(diagonal, no_frame_start, config.audio_codebook_size)
-                        in_speech = step >= start + num_codebooks - 1
-                        has_frame = in_speech & is_frame[:, 0] & ~speech_ended & ~finished
-                        speech_ended = speech_ended | (in_speech & ~is_frame[:, 0])
-                    # An answer that ends inside its thoughts never starts to speak.
-                    row_ends = text_ended & (stopped.all(dim=-1) | (start == never))
-                    next_codes = codes.unsqueeze(-1)
-                    if not model_kwargs["use_cache"]:
-                        next_codes = torch.cat([model_kwargs["audio_codes"], next_codes], dim=-1)
-                    model_kwargs["audio_codes"] = next_codes
-                    record("audio_scores", audio_scores)
-                    record("audio_logits", audio_logits)
-                record("scores", scores)
-                record("logits", logits)
-                record("attentions", outputs.attentions)
-                record("hidden_states", outputs.hidden_states)
-
-                row_steps += ~finished
-                is_complete = is_complete | (row_ends & ~finished)
-                for criterion in ends_row:
-                    row_ends = row_ends | criterion(text_ids, scores)
-                ends_now = row_ends & ~finished
-                finished = finished | row_ends
-                step += 1
-                all_finished = self._synchronize(
-                    streamer, finished, is_broken, text_was_live, text_token, ends_now, frame, has_frame
-                )
-                all_finished = all_finished or step >= max_steps
+            outputs = decoding.prefill()
+            while self._has_unfinished_sequences(decoding.is_finished, synced_gpus, device=input_ids.device):
+                if outputs is None:
+                    outputs = model_forward(**decoding.next_inputs(), return_dict=True)
+                decoding.advance(outputs)
                 # Frees the scores of a long prompt before the next step.
-                del outputs
-
-        if streamer is not None:
-            streamer.end()
-        sequences = text_ids[:, prompt_length:][:, : int(text_steps.max())]
-        is_text = torch.arange(sequences.shape[1], device=device) < text_steps[:, None]
-        sequences = torch.cat([input_ids[:, :prompt_length], torch.where(is_text, sequences, pad)], dim=-1)
-        if not keep:
-            return sequences
-        audio_codes, audio_codes_mask = None, None
-        if speaks:
-            audio_codes, audio_codes_mask = revert_delay_pattern(
-                history[:, :, :step], start, config.audio_codebook_size
-            )
-            # Frames completed after a criterion ended their row do not count.
-            completed_at = start[:, None] + torch.arange(audio_codes.shape[-1], device=device) + num_codebooks - 1
-            audio_codes_mask = audio_codes_mask & (completed_at < row_steps[:, None])
-            num_frames = int(audio_codes_mask.sum(dim=1).max()) if audio_codes_mask.numel() else 0
-            audio_codes_mask = audio_codes_mask[:, :num_frames]
-            audio_codes = audio_codes[..., :num_frames].masked_fill(~audio_codes_mask[:, None], 0)
-        # Speech outlasts its text; the cache goes no further than `sequences`, so that both can be continued together.
-        cache = model_kwargs.get("past_key_values")
-        # (With `inputs_embeds`, `sequences` has no prompt to compare with.)
-        excess = int(cache.get_seq_length()) - sequences.shape[1] if cache is not None and prompt_length else 0
-        if excess > 0:
-            if cache.is_croppable:
-                cache.crop(-excess)
-            else:
-                cache = None
-        return MiniMindOGenerateOutput(
-            sequences=sequences,
-            past_key_values=cache,
-            prompt_length=prompt_length,
-            is_complete=is_complete,
-            audio_codes=audio_codes,
-            audio_codes_mask=audio_codes_mask,
-            **records,
-        )
+                outputs = None
+        return decoding.end()
 
     def stream(self, processor: Any, **kwargs) -> Generator:
         """
@@ -766,10 +598,257 @@ class MiniMindOGenerationMixin(GenerationMixin):
 
         return stream_answers_async(self, processor, **kwargs)
 
-    @staticmethod
+
+class MiniMindODecoding:
+    """
+    Answers while they are made: what has been written and said, and what each step adds to it. One step is one call of
+    the model, whose scores `advance` turns into a text token and a code of each codebook.
+
+    `generate` makes one of a whole batch and steps it to its end; [`~MiniMindOGenerationMixin.start_decoding`] gives
+    one to a caller who does that.
+
+    Example:
+
+    ```python
+    >>> decoding = model.start_decoding(**inputs)
+    >>> outputs = decoding.prefill()
+    >>> while not decoding.is_finished:
+    ...     decoding.advance(outputs)
+    ...     outputs = model(**decoding.next_inputs())
+    >>> answers = decoding.end()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs,
+    ):
+        config, device = model.config, input_ids.device
+        batch_size, prompt_length = input_ids.shape
+        self.model, self.generation_config, self.streamer = model, generation_config, streamer
+        self.prompt_length, self.device = prompt_length, device
+        self.speaks = generation_config.generation_mode != "text"
+        model_kwargs["run_talker"] = self.speaks
+        if not self.speaks:
+            model_kwargs.pop("audio_codes", None)
+        self.model_kwargs = model_kwargs
+        self.max_steps = max(generation_config.max_length - prompt_length, 1)
+        cache = model_kwargs.get("past_key_values")
+        room = cache.get_max_length() if cache is not None and len(cache.layers) else -1
+        if 0 < room < generation_config.max_length - 1:
+            raise ValueError(
+                f"The cache has room for {room} positions, but prompt and answer may take "
+                f"{generation_config.max_length - 1}: make it larger, or lower `max_new_tokens`."
+            )
+        steps = self.max_steps if generation_config.do_sample else 0
+        self._uniforms = model._uniforms(generation_config.seeds, batch_size, steps, device)
+        self._pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
+        self._logits_processor = logits_processor
+        ends_text = (EosTokenCriteria, StopStringCriteria)
+        self._ends_text = [c for c in stopping_criteria if isinstance(c, ends_text)]
+        self._ends_row = [c for c in stopping_criteria if not isinstance(c, (*ends_text, MaxLengthCriteria))]
+
+        self.step, self.is_finished = 0, False
+        # What is fed to the model, and what logits processors and criteria see: the text without the fill after it.
+        self.input_ids = self._text_ids = input_ids
+        self._thinks = (
+            model._thinks(input_ids) if prompt_length else torch.zeros(batch_size, dtype=torch.bool, device=device)
+        )
+        self._think_end = torch.tensor(config.think_end_ids, device=device)
+        # Step at which codebook 0 starts: one after the text's first token, two after the last of `</think>\n\n`.
+        self._never = self.max_steps + config.num_codebooks
+        self._start = torch.where(self._thinks, self._never, 1)
+        self._delay = torch.arange(config.num_codebooks, device=device)
+        shape = (batch_size, config.num_codebooks, self.max_steps)
+        self._history = torch.full(shape, config.audio_pad_token, device=device)
+        self._stopped = torch.zeros(shape[:2], dtype=torch.bool, device=device)
+        rows = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self._speech_ended = self._text_ended = self._finished = self._is_complete = self._feed_post_text = rows
+        self._text_steps, self._row_steps = rows.long(), rows.long()
+        self._no_frame_start = rows.long()
+
+        keep = generation_config.return_dict_in_generate
+        self._records: dict[str, tuple | None] = {
+            name: () if keep and wanted else None
+            for name, wanted in (
+                ("scores", generation_config.output_scores),
+                ("logits", generation_config.output_logits),
+                ("audio_scores", generation_config.output_scores and self.speaks),
+                ("audio_logits", generation_config.output_logits and self.speaks),
+                ("attentions", generation_config.output_attentions),
+                ("hidden_states", generation_config.output_hidden_states),
+            )
+        }
+
+    def prefill(self) -> Any:
+        """Runs the prompts through the model, and returns its outputs for the first `advance`."""
+        return self.model._prefill(self.input_ids, self.generation_config, self.model_kwargs, is_first_iteration=True)
+
+    def next_inputs(self) -> dict[str, Any]:
+        """What the model is called with for the next step."""
+        return self.model.prepare_inputs_for_generation(
+            self.input_ids,
+            next_sequence_length=1 if self.model_kwargs["use_cache"] else None,
+            **self.model_kwargs,
+        )
+
+    def _record(self, **values: Any) -> None:
+        for name, value in values.items():
+            if self._records[name] is not None:
+                self._records[name] += (value,)
+
+    @torch.no_grad()
+    def advance(self, outputs: Any) -> None:
+        """
+        Takes one step: chooses the text token and the codes from the scores of the last position.
+
+        Raises:
+            ValueError: Scores that are not finite.
+        """
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
+        if self.is_finished:  # while rows of other processes go on
+            return
+        uniform = self._uniform()
+        text_token, scores, text_was_live, is_broken = self._choose_text(outputs, uniform)
+        row_ends, frame, has_frame = self._text_ended, None, None
+        if self.speaks:
+            codes, audio_is_broken = self._choose_codes(outputs, uniform)
+            is_broken = is_broken | audio_is_broken
+            frame, has_frame = self._frame()
+            # An answer that ends inside its thoughts never starts to speak.
+            row_ends = self._text_ended & (self._stopped.all(dim=-1) | (self._start == self._never))
+            next_codes = codes.unsqueeze(-1)
+            if not self.model_kwargs["use_cache"]:
+                next_codes = torch.cat([self.model_kwargs["audio_codes"], next_codes], dim=-1)
+            self.model_kwargs["audio_codes"] = next_codes
+        self._record(attentions=outputs.attentions, hidden_states=outputs.hidden_states)
+        self._row_steps = self._row_steps + ~self._finished
+        self._is_complete = self._is_complete | (row_ends & ~self._finished)
+        for criterion in self._ends_row:
+            row_ends = row_ends | criterion(self._text_ids, scores)
+        ends_now = row_ends & ~self._finished
+        self._finished = self._finished | row_ends
+        self.step += 1
+        all_finished = self._synchronize(is_broken, text_was_live, text_token, ends_now, frame, has_frame)
+        self.is_finished = all_finished or self.step >= self.max_steps
+
+    def _uniform(self) -> torch.FloatTensor | None:
+        """This step's uniform numbers, `(batch_size, 1 + num_codebooks)`."""
+        if not self.generation_config.do_sample:
+            return None
+        if self._uniforms is not None:
+            return self._uniforms[:, self.step]
+        return torch.rand(len(self.input_ids), 1 + self.model.config.num_codebooks, device=self.device)
+
+    def _choose_text(self, outputs: Any, uniform: torch.FloatTensor | None) -> tuple[torch.Tensor, ...]:
+        """The text token, pad where a row's text has ended; its scores; where it had not; whether they are broken."""
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.device)
+        scores = self._logits_processor(self._text_ids, logits)
+        token = scores.argmax(dim=-1) if uniform is None else sample_from_uniform(scores, uniform[:, 0])
+        self._record(scores=scores, logits=logits)
+        # A row that a criterion has ended says nothing more, though others go on.
+        text_was_live = ~self._text_ended & ~self._finished
+        text_token = torch.where(text_was_live, token, self._pad)
+        self._text_ids = torch.cat([self._text_ids, text_token[:, None]], dim=-1)
+        fed_token = torch.where(self._feed_post_text, self.generation_config.post_text_token_id, text_token)
+        self.input_ids = torch.cat([self.input_ids, fed_token[:, None]], dim=-1)
+        self._text_steps = self._text_steps + text_was_live
+        for criterion in self._ends_text:
+            self._text_ended = self._text_ended | criterion(self._text_ids, scores)
+        self._feed_post_text = text_was_live & self._text_ended
+        if self._text_ids.shape[1] >= len(self._think_end):
+            just_thought = (self._text_ids[:, -len(self._think_end) :] == self._think_end).all(dim=-1)
+            just_thought = just_thought & self._thinks & text_was_live & (self._start == self._never)
+            self._start = torch.where(just_thought, self.step + 2, self._start)
+        # A sum is finite where everything in it is, and costs a tenth of looking at each score.
+        return text_token, scores, text_was_live, ~torch.isfinite(logits.sum())
+
+    def _choose_codes(
+        self, outputs: Any, uniform: torch.FloatTensor | None
+    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """The code of each codebook, pad before it starts; whether the scores are broken."""
+        config, settings, step = self.model.config, self.generation_config, self.step
+        audio_logits = outputs.audio_logits[:, :, -1].to(copy=True, dtype=torch.float32, device=self.device)
+        window = self._history[:, :, max(step - settings.audio_repetition_window, 0) : step]
+        audio_scores = penalize_repetition(audio_logits, window, settings.audio_repetition_penalty)
+        if uniform is None:
+            codes = audio_scores.argmax(dim=-1)
+        else:
+            top_k = min(settings.audio_top_k or config.audio_vocab_size, config.audio_vocab_size)
+            top_scores, top_codes = audio_scores.topk(top_k, dim=-1)
+            drawn = sample_from_uniform(top_scores / settings.audio_temperature, uniform[:, 1:])
+            codes = top_codes.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+        self._record(audio_scores=audio_scores, audio_logits=audio_logits)
+        started = step >= self._start[:, None] + self._delay
+        codes = torch.where(started, codes, config.audio_pad_token)
+        self._history[:, :, step] = codes
+        self._stopped = self._stopped | (started & (codes >= config.audio_codebook_size))
+        return codes, ~torch.isfinite(audio_logits.sum())
+
+    def _frame(self) -> tuple[torch.LongTensor | None, torch.BoolTensor | None]:
+        """The frame that its last codebook completes now, and which rows have one: the diagonal of the last steps."""
+        num_codebooks, step = len(self._delay), self.step
+        if step < num_codebooks - 1:
+            return None, None
+        diagonal = self._history[:, :, step - num_codebooks + 1 : step + 1]
+        frame, is_frame = revert_delay_pattern(diagonal, self._no_frame_start, self.model.config.audio_codebook_size)
+        in_speech = step >= self._start + num_codebooks - 1
+        has_frame = in_speech & is_frame[:, 0] & ~self._speech_ended & ~self._finished
+        self._speech_ended = self._speech_ended | (in_speech & ~is_frame[:, 0])
+        return frame, has_frame
+
+    def end(self) -> MiniMindOGenerateOutput | torch.LongTensor:
+        """Tells the streamer, and returns the answers as far as they went."""
+        if self.streamer is not None:
+            self.streamer.end()
+        prompt_length, device = self.prompt_length, self.device
+        sequences = self._text_ids[:, prompt_length:][:, : int(self._text_steps.max())]
+        is_text = torch.arange(sequences.shape[1], device=device) < self._text_steps[:, None]
+        sequences = torch.where(is_text, sequences, self._pad)
+        sequences = torch.cat([self.input_ids[:, :prompt_length], sequences], dim=-1)
+        if not self.generation_config.return_dict_in_generate:
+            return sequences
+        audio_codes, audio_codes_mask = self._speech() if self.speaks else (None, None)
+        # Speech outlasts its text; the cache goes no further than `sequences`, so that both can be continued together.
+        cache = self.model_kwargs.get("past_key_values")
+        # (With `inputs_embeds`, `sequences` has no prompt to compare with.)
+        excess = int(cache.get_seq_length()) - sequences.shape[1] if cache is not None and prompt_length else 0
+        if excess > 0:
+            if cache.is_croppable:
+                cache.crop(-excess)
+            else:
+                cache = None
+        return MiniMindOGenerateOutput(
+            sequences=sequences,
+            past_key_values=cache,
+            prompt_length=prompt_length,
+            is_complete=self._is_complete,
+            audio_codes=audio_codes,
+            audio_codes_mask=audio_codes_mask,
+            **self._records,
+        )
+
+    def _speech(self) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """The frames of all rows, and which of them count."""
+        codes, mask = revert_delay_pattern(
+            self._history[:, :, : self.step], self._start, self.model.config.audio_codebook_size
+        )
+        # Frames completed after a criterion ended their row do not count.
+        frames = torch.arange(codes.shape[-1], device=self.device)
+        completed_at = self._start[:, None] + frames + len(self._delay) - 1
+        mask = mask & (completed_at < self._row_steps[:, None])
+        num_frames = int(mask.sum(dim=1).max()) if mask.numel() else 0
+        mask = mask[:, :num_frames]
+        return codes[..., :num_frames].masked_fill(~mask[:, None], 0), mask
+
     def _synchronize(
-        streamer: BaseStreamer | None,
-        finished: torch.BoolTensor,
+        self,
         is_broken: torch.BoolTensor,
         text_was_live: torch.BoolTensor,
         text_token: torch.LongTensor,
@@ -778,7 +857,8 @@ class MiniMindOGenerationMixin(GenerationMixin):
         has_frame: torch.BoolTensor | None,
     ) -> bool:
         """The step's one wait for the device: brings the flags, and what a streamer gets, over in one copy."""
-        flags = [finished.all(), is_broken]
+        streamer = self.streamer
+        flags = [self._finished.all(), is_broken]
         if streamer is None:
             is_finished, broken = torch.stack(flags).tolist()
         else:
@@ -805,6 +885,7 @@ class MiniMindOGenerationMixin(GenerationMixin):
 
 
 __all__ = [
+    "MiniMindODecoding",
     "MiniMindOGenerateOutput",
     "MiniMindOGenerationMixin",
     "MiniMindOStreamer",

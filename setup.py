@@ -36,11 +36,25 @@ EXTRAS = {
     "onnx": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23"],
     # Loading in 8 and 4 bits, on CPUs too.
     "quantization": ["torchao>=0.18"],
+    # `minimind-o serve`: the page, OpenAI's protocols, and silero's voice activity detection with its model.
+    "server": [
+        "fastapi>=0.115",
+        "uvicorn>=0.34",
+        "websockets>=14",
+        "python-multipart>=0.0.18",
+        "prometheus-client>=0.20",
+        "silero-vad>=6.2",
+        "onnxruntime>=1.23",
+        "cryptography>=43",
+        "qrcode>=8",
+    ],
     # Linters are pinned: a new rule must not fail an old commit. pyright brings its own Node.js.
     "quality": ["ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5", WATERMARK],
 }
-EXTRAS["test"] += EXTRAS["evaluation"] + EXTRAS["onnx"] + EXTRAS["quantization"]
+# The server is tested with the clients that people use: OpenAI's package and a browser (Chromium is not in the wheel).
+EXTRAS["test"] += ["openai>=3", "playwright>=1.49"]
+EXTRAS["test"] += EXTRAS["evaluation"] + EXTRAS["onnx"] + EXTRAS["quantization"] + EXTRAS["server"]
 EXTRAS["dev"] = [requirement for extra in ("pipeline", "train", "quality", "test") for requirement in EXTRAS[extra]]
 
 setup(
@@ -58,8 +72,13 @@ setup(
         "minimind_o_hf.evaluation",
         "minimind_o_hf.modeling",
         "minimind_o_hf.processing",
+        "minimind_o_hf.server",
     ],
-    package_data={"minimind_o_hf": ["nano/**/*"], "minimind_o_hf.evaluation": ["suites/*.json", "tables/*.yaml"]},
+    package_data={
+        "minimind_o_hf": ["nano/**/*"],
+        "minimind_o_hf.server": ["page/*"],
+        "minimind_o_hf.evaluation": ["suites/*.json", "tables/*.yaml"],
+    },
     package_dir={"minimind_o_hf.modeling": "modeling", "minimind_o_hf.processing": "processing"},
     install_requires=[
         "transformers>=5.23,<6",

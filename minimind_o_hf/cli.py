@@ -23,6 +23,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add_arguments(chat)
 
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model to browsers and programs",
+        description="Serve a model: a page to talk to, and OpenAI's protocols for programs.",
+    )
+    from .server.options import add_arguments as add_serving
+
+    add_serving(serve)
+
     init = commands.add_parser(
         "init",
         help="make an untrained checkpoint",
@@ -229,6 +238,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "chat":
         from .chat import run
 
+        run(options)
+        return
+    if options.command == "serve":
+        try:
+            from .server.command import run
+        except ModuleNotFoundError as error:
+            raise ValueError(f'{error}: pip install "minimind_o_hf[server]"') from error
         run(options)
         return
     if options.command == "data":

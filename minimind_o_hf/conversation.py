@@ -79,6 +79,7 @@ class Conversation:
             Bound of the memory: a prompt and the longest answer to it may take so many positions (at the released
             size in float32 40 KB each). Where they would take more, the oldest turns are forgotten, until half
             of the positions are free.
+        max_turns (`int`, *optional*): Most earlier turns that are remembered; all that fit by default.
 
     Example:
 
@@ -99,12 +100,16 @@ class Conversation:
         system: str | None = None,
         voice: str | VoiceMapping | None = None,
         max_positions: int = MAX_POSITIONS,
+        max_turns: int | None = None,
     ):
         if max_positions < 1:
             raise ValueError(f"`max_positions` must be at least 1, got {max_positions}.")
+        if max_turns is not None and max_turns < 0:
+            raise ValueError(f"`max_turns` must be at least 0, got {max_turns}.")
         self.model: Any = model
         self.processor = processor
-        self.system, self.voice, self.max_positions = system, voice, max_positions
+        self.system, self.voice = system, voice
+        self.max_positions, self.max_turns = max_positions, max_turns
         self._turns: list[_Turn] = []
         self._kept: list[_Turn] = []  # of them, what the answer that is being made was given
         self._answering = threading.Lock()
@@ -202,6 +207,33 @@ class Conversation:
             count -= 1
         return tokens[:count]
 
+    @property
+    def num_turns(self) -> int:
+        """Turns that the model is given."""
+        return len(self._turns)
+
+    def remember(self, content: str | Sequence[Mapping[str, Any]], answer: str) -> None:
+        """
+        Adds a turn that was held elsewhere.
+
+        Args:
+            content (`str` or `list[dict]`): The message, as `stream` takes it.
+            answer (`str`): What was answered.
+        """
+        turn, _ = self._new_turn(content)
+        # As the template has it, in which an answer is text and not the end of itself.
+        said = self._encode([{"role": "assistant", "content": answer}])["input_ids"][0]
+        turn.answer = said[len(self._opening) : len(said) - len(self._closing)]
+        with self._alone():
+            self._turns = [*self._turns, turn]
+
+    def forget(self, index: int) -> None:
+        """Takes a turn out: 0 is the oldest, -1 the last; `IndexError` where there is none."""
+        with self._alone():
+            turns = list(self._turns)
+            del turns[index]
+            self._turns = turns
+
     def reset(self) -> None:
         """Forgets all turns."""
         with self._alone():
@@ -246,26 +278,45 @@ class Conversation:
             ValueError: The message cannot be rendered, or, when it is first read: it is too long for `max_positions`,
                 another answer is being made.
         """
-        turn, voice = self._new_turn(content)
-        return self._stream(turn, {"seeds": None if seed is None else [seed], **voice, **settings}, open_thinking)
+        return self._stream(self.prepare(content, seed=seed, open_thinking=open_thinking, **settings))
 
-    def _stream(self, turn: _Turn, settings: dict, thinks: bool) -> Generator[MiniMindOStreamEvent, None, None]:
-        with self._alone():
+    def _stream(self, pending: "PendingAnswer") -> Generator[MiniMindOStreamEvent, None, None]:
+        with pending as inputs:
             outputs: list[MiniMindOGenerateOutput] = []
-            tell = settings.pop("on_output", None)
+            tell = inputs.pop("on_output", None)
 
             def on_output(output: MiniMindOGenerateOutput) -> None:
                 outputs.append(output)
                 if tell is not None:
                     tell(output)
 
-            inputs = self._inputs(turn, settings, thinks)
             events = stream_answers(self.model, self.processor, **inputs, on_output=on_output)
             try:
                 yield from events
             finally:
                 events.close()
-                self._keep(turn, outputs[0] if outputs else None, thinks)
+                pending.outputs = outputs[0] if outputs else None
+
+    def prepare(
+        self,
+        content: str | Sequence[Mapping[str, Any]],
+        *,
+        seed: int | None = None,
+        open_thinking: bool = False,
+        **settings,
+    ) -> "PendingAnswer":
+        """
+        The next message, made ready for a model that the caller runs.
+
+        Args:
+            content, seed, open_thinking, **settings: As `stream`.
+
+        Returns:
+            [`PendingAnswer`].
+        """
+        turn, voice = self._new_turn(content)
+        settings = {"seeds": None if seed is None else [seed], **voice, **settings}
+        return PendingAnswer(self, turn, settings, open_thinking)
 
     def astream(self, content: str | Sequence[Mapping[str, Any]], **kwargs) -> AsyncIterator[MiniMindOStreamEvent]:
         """As `stream`, for `async for`."""
@@ -280,16 +331,10 @@ class Conversation:
         **settings,
     ) -> MiniMindOAnswer:
         """As `stream`, but the whole answer at once."""
-        turn, voice = self._new_turn(content)
-        with self._alone():
-            settings = {"seeds": None if seed is None else [seed], **voice, **settings}
-            check_codec(self.model, self.processor, settings)
-            inputs = {**self._inputs(turn, settings, open_thinking), "return_dict_in_generate": True}
-            outputs: Any = None
-            try:
-                outputs = self.model.generate(**inputs)
-            finally:
-                self._keep(turn, outputs, open_thinking)
+        pending = self.prepare(content, seed=seed, open_thinking=open_thinking, **settings)
+        check_codec(self.model, self.processor, pending.settings)
+        with pending as inputs:
+            pending.outputs = outputs = self.model.generate(**{**inputs, "return_dict_in_generate": True})
         return self.processor.decode(outputs)[0]
 
     def _new_turn(self, content: str | Sequence[Mapping[str, Any]]) -> tuple[_Turn, dict[str, torch.Tensor]]:
@@ -318,7 +363,7 @@ class Conversation:
             raise ValueError("A prompt grows with the conversation: pass `max_new_tokens` in place of `max_length`.")
         longest = settings.get("max_new_tokens") or generation_config.max_new_tokens or MAX_NEW_TOKENS
         room = self.max_positions - longest
-        kept = self._turns
+        kept = self._turns if self.max_turns is None else self._turns[max(0, len(self._turns) - self.max_turns) :]
         prompt, turns = self._prompt([*kept, turn], thinks)
         is_full = len(prompt) > room
         while kept and is_full and len(prompt) > room // 2:
@@ -460,6 +505,34 @@ class Conversation:
         return conversation
 
 
+class PendingAnswer:
+    """
+    A message of a [`Conversation`] whose answer is to be made. As a context manager it gives the inputs of `generate`;
+    until it ends, no other message is taken, and what `outputs` then holds is kept as the answer.
+
+    Args:
+        outputs ([`MiniMindOGenerateOutput`], *optional*):
+            To be set to what `generate` returned. Where it is not, the message is not kept either.
+    """
+
+    def __init__(self, conversation: Conversation, turn: _Turn, settings: dict[str, Any], thinks: bool):
+        self.conversation, self.settings = conversation, settings
+        self.outputs: MiniMindOGenerateOutput | None = None
+        self._turn, self._thinks = turn, thinks
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> dict[str, Any]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.conversation._alone())
+            inputs = self.conversation._inputs(self._turn, self.settings, self._thinks)
+            stack.callback(lambda: self.conversation._keep(self._turn, self.outputs, self._thinks))
+            self._stack = stack.pop_all()
+        return inputs
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
 def _read_turn(notes: dict[str, Any], number: int, tensors: dict[str, torch.Tensor], vocab_size: int) -> _Turn:
     """A turn out of a file, checked."""
     message = _without_sources(notes["message"])
@@ -495,4 +568,4 @@ def _joined(clips: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return joined
 
 
-__all__ = ["Conversation"]
+__all__ = ["Conversation", "PendingAnswer"]

@@ -7,11 +7,11 @@ if __name__ == "modeling":
     raise ImportError("Import minimind_o_hf.modeling: the folder `modeling` is part of that package.")
 
 from .adapters_minimind_o import adapters_in_use, check_base, describe_base, read_base
-from .cache_minimind_o import MiniMindOCache
+from .cache_minimind_o import MiniMindOCache, MiniMindOSlotCache
 from .configuration_campplus import CamPlusPlusConfig
 from .configuration_minimind_o import MiniMindOConfig
 from .delay_pattern_minimind_o import apply_delay_pattern, place_voice, revert_delay_pattern
-from .generation_minimind_o import MiniMindOGenerateOutput, MiniMindOStreamer
+from .generation_minimind_o import MiniMindODecoding, MiniMindOGenerateOutput, MiniMindOStreamer
 from .modeling_campplus import CamPlusPlusModel, CamPlusPlusOutput, CamPlusPlusPreTrainedModel
 from .modeling_minimind_o import (
     MiniMindOForConditionalGeneration,
@@ -39,11 +39,13 @@ __all__ = [
     "MimiStreamingEncoder",
     "MiniMindOCache",
     "MiniMindOConfig",
+    "MiniMindODecoding",
     "MiniMindOForConditionalGeneration",
     "MiniMindOGenerateOutput",
     "MiniMindOIteratorStreamer",
     "MiniMindOOutputWithPast",
     "MiniMindOPreTrainedModel",
+    "MiniMindOSlotCache",
     "MiniMindOStackOutput",
     "MiniMindOStreamEvent",
     "MiniMindOStreamer",

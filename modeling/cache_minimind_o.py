@@ -4,7 +4,7 @@ end and the last answer's out of it, while the Thinker's text stays: each stack 
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from .configuration_minimind_o import MiniMindOConfig
 
@@ -125,4 +125,158 @@ class MiniMindOCache(DynamicCache):
         self._change_rows(lambda rows: rows[indices])
 
 
-__all__ = ["MiniMindOCache"]
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, a slot a row: each row's begin at position 0, with room behind them."""
+
+    def __init__(self, like: torch.Tensor, num_slots: int):
+        super().__init__()
+        self.lazy_initialization(like.new_zeros(num_slots, like.shape[1], 0, like.shape[3]), like)
+        self.rows = torch.zeros(0, dtype=torch.long)  # of the present step
+        self.positions = self.rows
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = key_states, key_states.clone()
+        self.is_initialized = True
+
+    def make_room(self, length: int) -> None:
+        """For so many positions; what is there stays."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], length, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        self.keys[self.rows, :, self.positions] = key_states[:, :, 0]
+        self.values[self.rows, :, self.positions] = value_states[:, :, 0]
+        count = len(self.rows)
+        return self.keys[:count, :, : self.length], self.values[:count, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _SlotRow:
+    """What one step after the other adds to a row of a [`MiniMindOSlotCache`], and where it goes in the end."""
+
+    def __init__(self, cache: MiniMindOCache):
+        self.cache = cache
+        self.length = cache.get_seq_length()
+        self.bridge: list[torch.Tensor] = []
+        self.codes: list[torch.Tensor] = []
+
+
+class MiniMindOSlotCache(MiniMindOCache):
+    """
+    Keys and values of rows that come and go between steps, each from a [`MiniMindOCache`] of its own and back into it.
+    The rows of a step are the first slots, so that nothing is copied for it.
+
+    Args:
+        config ([`MiniMindOConfig`]): The model's configuration.
+        num_slots (`int`): Most rows at a time.
+    """
+
+    def __init__(self, config: MiniMindOConfig, num_slots: int):
+        super().__init__(config)
+        self._num_slots = num_slots
+        self._rows: list[_SlotRow] = []
+        self._room = 0
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._rows)
+
+    def add(self, cache: MiniMindOCache) -> None:
+        """
+        Takes a row in, as the last one.
+
+        Args:
+            cache ([`MiniMindOCache`]): After the prompt, of one row. It is not to be used until `remove`.
+        """
+        if len(self._rows) == self._num_slots:
+            raise ValueError(f"All {self._num_slots} slots are taken.")
+        # The Talker's layers are there from the first row on that speaks.
+        for own in cache.layers[len(self.layers) :]:
+            self.layers.append(_SlotLayer(own.keys, self._num_slots))
+            self.layers[-1].make_room(self._room)
+        self._make_room(cache.get_seq_length() + 1)
+        for layer, own in zip(self.layers, cache.layers, strict=False):
+            length = own.get_seq_length()
+            layer.keys[len(self._rows), :, :length] = own.keys[0]
+            layer.values[len(self._rows), :, :length] = own.values[0]
+        self._rows.append(_SlotRow(cache))
+
+    def _make_room(self, length: int) -> None:
+        if length > self._room:
+            self._room = max(2 * self._room, length, 256)
+            for layer in self.layers:
+                layer.make_room(self._room)
+
+    def begin_step(self) -> dict[str, torch.Tensor]:
+        """
+        Prepares one more position of each row.
+
+        Returns:
+            `position_ids` `(num_rows, 1)` and `attention_mask` `(num_rows, 1, 1, length)`, as the model takes them.
+        """
+        lengths = torch.tensor([row.length for row in self._rows])
+        length = int(lengths.max()) + 1
+        self._make_room(length)
+        keys = self.layers[0].keys
+        positions = lengths.to(keys.device)
+        for layer in self.layers:
+            layer.rows = torch.arange(len(lengths), device=keys.device)
+            layer.positions, layer.length = positions, length
+        is_hidden = torch.arange(length, device=keys.device) > positions[:, None]
+        mask = keys.new_zeros(is_hidden.shape).masked_fill(is_hidden, torch.finfo(keys.dtype).min)
+        for row in self._rows:
+            row.length += 1
+        return {"position_ids": positions[:, None], "attention_mask": mask[:, None, None]}
+
+    def unread(self, bridge_hidden_state: torch.FloatTensor) -> torch.FloatTensor:
+        """Keeps each row's state of this step."""
+        for row, state in zip(self._rows, bridge_hidden_state.split(1), strict=True):
+            row.bridge.append(state)
+        return bridge_hidden_state
+
+    def add_codes(self, audio_codes: torch.LongTensor, speaker_embeddings: torch.FloatTensor | None) -> None:
+        """Keeps each row's codes of this step."""
+        for row, codes in zip(self._rows, audio_codes.split(1), strict=True):
+            row.codes.append(codes)
+
+    def remove(self, index: int, with_talker: bool = True) -> None:
+        """
+        Gives a row's keys and values back to the cache that it came from. The last row takes its place.
+
+        Args:
+            index (`int`): Of the row.
+            with_talker (`bool`): Whether the row spoke; the Talker's part stays as it was where it did not.
+        """
+        row = self._rows[index]
+        cache = row.cache
+        for layer_idx, (layer, own) in enumerate(zip(self.layers, cache.layers, strict=False)):
+            if with_talker or layer_idx < self._first_talker_layer:
+                own.keys = layer.keys[index : index + 1, :, : row.length].clone()
+                own.values = layer.values[index : index + 1, :, : row.length].clone()
+        # Copies: a view would keep the states of all rows of its step alive.
+        cache._bridge += [torch.cat(row.bridge, dim=1)] if row.bridge else []
+        if with_talker and row.codes:
+            cache._codes.append(torch.cat(row.codes, dim=2))
+        last = len(self._rows) - 1
+        if index != last:
+            length = self._rows[last].length
+            for layer in self.layers:
+                layer.keys[index, :, :length] = layer.keys[last, :, :length]
+                layer.values[index, :, :length] = layer.values[last, :, :length]
+            self._rows[index] = self._rows[last]
+        self._rows.pop()
+
+
+__all__ = ["MiniMindOCache", "MiniMindOSlotCache"]

@@ -194,6 +194,14 @@ class MiniMindOIteratorStreamer(MiniMindOStreamer):
         self._longest_chunk = max(1, int(max_latency / FRAME_SECONDS + 1e-6))  # frames
         self._items: queue.SimpleQueue = queue.SimpleQueue()
         self._has_prompts = False
+        self._begin()
+
+    def _begin(self) -> None:
+        codec = self.processor.audio_tokenizer
+        self._decoder = None if codec is None else MimiStreamingDecoder(codec)
+        self._texts: dict[int, _RowText] = {}
+        self._sounds: dict[int, _RowSound] = {}
+        self._open_rows: list[int] | None = None
 
     def put(self, value: torch.LongTensor):
         """See [`MiniMindOStreamer`]."""
@@ -220,50 +228,55 @@ class MiniMindOIteratorStreamer(MiniMindOStreamer):
 
     def __iter__(self) -> Iterator[MiniMindOStreamEvent]:
         """Yields [`MiniMindOStreamEvent`]s; at last one for each row with `is_last`, with what was left."""
-        codec = self.processor.audio_tokenizer
-        decoder = None if codec is None else MimiStreamingDecoder(codec)
-        texts: dict[int, _RowText] = {}
-        sounds: dict[int, _RowSound] = {}
-        open_rows: list[int] | None = None
-
-        def last(row: int) -> MiniMindOStreamEvent:
-            text = texts[row].end() if row in texts else ""
-            waveform = sounds[row].flush() if row in sounds else None
-            return MiniMindOStreamEvent(row, text=text, audio=self._samples(waveform), is_last=True)
-
         while True:
             kind, value = self._items.get(timeout=self.timeout)
-            if kind == "error":
-                raise value
+            yield from self.events(kind, value)
             if kind == "end":
                 break
-            if open_rows is None:
-                open_rows = list(range(len(value[1] if kind == "audio" else value)))
-            if kind == "text":
-                for row in open_rows:
-                    if value[row] == self.processor.tokenizer.pad_token_id:
-                        continue  # the row's text has ended
-                    text = texts.setdefault(row, _RowText(self.processor.tokenizer, self.skip_special_tokens))
-                    new = text.add(value[row])
-                    if new:
-                        yield MiniMindOStreamEvent(row, text=new)
-            elif kind == "audio" and decoder is not None:
-                frames, has_frame = value
-                for row in open_rows:
-                    waveform = None
-                    if has_frame[row]:
-                        sound = sounds.setdefault(row, _RowSound(decoder, _Pace(self._longest_chunk)))
-                        waveform = sound.add(frames[row])
-                    elif row in sounds:  # its speech has ended, others go on
-                        waveform = sounds[row].flush()
-                    if waveform is not None:
-                        yield MiniMindOStreamEvent(row, audio=self._samples(waveform))
-            elif kind == "last":
-                for row in [row for row in open_rows if value[row]]:
-                    open_rows.remove(row)
-                    yield last(row)
-        for row in open_rows or []:
-            yield last(row)
+
+    def events(self, kind: str, value: Any) -> Iterator[MiniMindOStreamEvent]:
+        """
+        What one item of `generate` adds, for callers who have a queue of their own. Decodes sound.
+
+        Args:
+            kind (`str`), value: As they were put.
+        """
+        if kind == "error":
+            raise value
+        if kind == "end":
+            yield from [self._last(row) for row in self._open_rows or []]
+            self._begin()
+            return
+        if self._open_rows is None:
+            self._open_rows = list(range(len(value[1] if kind == "audio" else value)))
+        if kind == "text":
+            for row in self._open_rows:
+                if value[row] == self.processor.tokenizer.pad_token_id:
+                    continue  # the row's text has ended
+                text = self._texts.setdefault(row, _RowText(self.processor.tokenizer, self.skip_special_tokens))
+                new = text.add(value[row])
+                if new:
+                    yield MiniMindOStreamEvent(row, text=new)
+        elif kind == "audio" and self._decoder is not None:
+            frames, has_frame = value
+            for row in self._open_rows:
+                waveform = None
+                if has_frame[row]:
+                    sound = self._sounds.setdefault(row, _RowSound(self._decoder, _Pace(self._longest_chunk)))
+                    waveform = sound.add(frames[row])
+                elif row in self._sounds:  # its speech has ended, others go on
+                    waveform = self._sounds[row].flush()
+                if waveform is not None:
+                    yield MiniMindOStreamEvent(row, audio=self._samples(waveform))
+        elif kind == "last":
+            for row in [row for row in self._open_rows if value[row]]:
+                self._open_rows.remove(row)
+                yield self._last(row)
+
+    def _last(self, row: int) -> MiniMindOStreamEvent:
+        text = self._texts[row].end() if row in self._texts else ""
+        waveform = self._sounds[row].flush() if row in self._sounds else None
+        return MiniMindOStreamEvent(row, text=text, audio=self._samples(waveform), is_last=True)
 
     def _samples(self, waveform: torch.Tensor | None) -> torch.Tensor | None:
         return (waveform * 32767).round().to(torch.int16) if self.pcm16 and waveform is not None else waveform

@@ -79,7 +79,9 @@ class Conversation:
             Bound of the memory: a prompt and the longest answer to it may take so many positions (at the released
             size in float32 40 KB each). Where they would take more, the oldest turns are forgotten, until half
             of the positions are free.
-        max_turns (`int`, *optional*): Most earlier turns that are remembered; all that fit by default.
+        max_turns (`int`, *optional*):
+            Most earlier turns that are remembered. By default as the model's generation config says (nano, which has
+            learnt single questions, takes each by itself), else all that fit.
 
     Example:
 
@@ -104,6 +106,7 @@ class Conversation:
     ):
         if max_positions < 1:
             raise ValueError(f"`max_positions` must be at least 1, got {max_positions}.")
+        max_turns = getattr(model.generation_config, "max_turns", None) if max_turns is None else max_turns
         if max_turns is not None and max_turns < 0:
             raise ValueError(f"`max_turns` must be at least 0, got {max_turns}.")
         self.model: Any = model

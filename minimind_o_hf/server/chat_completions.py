@@ -117,7 +117,7 @@ def sampling(request: Any, service: Service) -> dict[str, Any]:
     if request.temperature == 0:
         settings["do_sample"] = False
     elif request.temperature is not None:
-        settings["temperature"] = request.temperature
+        settings |= {"do_sample": True, "temperature": request.temperature}
     if request.top_p is not None:
         settings["top_p"] = request.top_p
     stops = [request.stop] if isinstance(request.stop, str) else request.stop
@@ -147,12 +147,12 @@ def prepare(request: ChatRequest, service: Service) -> SinglePrompt:
             " shorten them.",
             code="context_length_exceeded",
         )
-    wanted = request.max_completion_tokens or request.max_tokens or service.settings.max_new_tokens
+    wanted = request.max_completion_tokens or request.max_tokens or service.max_new_tokens
     return SinglePrompt(
         {
             **inputs.to(service.model.device),
             **sampling(request, service),
-            "max_new_tokens": min(wanted, room, service.settings.max_new_tokens),
+            "max_new_tokens": min(wanted, room, service.max_new_tokens),
             "generation_mode": None if speaks else "text",
         }
     )

@@ -26,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-answers", type=int, default=8, metavar="N", help="at a time (default: %(default)s)")
     parser.add_argument("--max-waiting", type=int, default=32, metavar="N", help="more are refused (default: 32)")
     parser.add_argument("--max-sessions", type=int, default=64, metavar="N", help="open at a time (default: 64)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="steps of 80 ms (default: 512)")
-    parser.add_argument("--max-turns", type=int, metavar="N", help="earlier turns that are remembered (default: all)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="steps of 80 ms (default: the checkpoint's)")
+    parser.add_argument(
+        "--max-turns", type=int, metavar="N", help="earlier turns remembered (default: the checkpoint's)"
+    )
     parser.add_argument("--requests-per-minute", type=int, default=600, metavar="N", help="of a client; 0: any number")
     parser.add_argument("--watermark", action="store_true", help="put an inaudible watermark into the speech")
     parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: one a core)")

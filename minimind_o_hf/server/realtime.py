@@ -559,7 +559,7 @@ class RealtimeSession:
         speaks = self.speaks if modalities is None else modalities == ["audio"]
         voice = given.audio.output.voice if given.audio and given.audio.output else None
         length = given.max_output_tokens or self.max_output_tokens
-        longest = self.service.settings.max_new_tokens
+        longest = self.service.max_new_tokens
         settings = {
             "max_new_tokens": longest if length == "inf" else max(1, min(int(length), longest)),
             "generation_mode": None if speaks else "text",

@@ -11,7 +11,7 @@ from typing import Any
 import prometheus_client as prometheus
 import torch
 
-from minimind_o_hf.conversation import Conversation
+from minimind_o_hf.conversation import MAX_NEW_TOKENS, Conversation
 from minimind_o_hf.modeling import MiniMindOForConditionalGeneration
 from minimind_o_hf.processing import MiniMindOProcessor
 from minimind_o_hf.voices import Voice, VoiceLibrary
@@ -140,6 +140,11 @@ class Service:
         for session in list(self.sessions):
             session.stop()
         await asyncio.to_thread(self.engine.close)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer, in steps of 80 ms."""
+        return self.settings.max_new_tokens or self.model.generation_config.max_new_tokens or MAX_NEW_TOKENS
 
     # ---------------------------------------------------------------- voices
 

@@ -25,9 +25,9 @@ class ServerSettings:
         max_audio_seconds (`float`): Longest clip of speech.
         max_voice_seconds (`float`): Longest recording that a voice is cloned from.
         max_pixels (`int`): Largest picture.
-        max_new_tokens (`int`): Longest answer, in steps of 80 ms.
+        max_new_tokens (`int`, *optional*): Longest answer, in steps of 80 ms; the checkpoint's by default.
         max_positions (`int`): Memory of a conversation, see [`Conversation`].
-        max_turns (`int`, *optional*): Earlier turns that a conversation remembers; all that fit by default.
+        max_turns (`int`, *optional*): Earlier turns that a conversation remembers, see [`Conversation`].
         session_seconds, idle_seconds (`float`): How long a session may last, and be silent.
         requests_per_minute (`int`): Of each client; 0 for any number.
         watermark (`bool`): Whether speech gets the inaudible watermark.
@@ -48,7 +48,7 @@ class ServerSettings:
     max_audio_seconds: float = 60.0
     max_voice_seconds: float = 300.0
     max_pixels: int = 25_000_000
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = None
     max_positions: int = 2048
     max_turns: int | None = None
     session_seconds: float = 3600.0
@@ -66,7 +66,7 @@ class ServerSettings:
                 f"On {self.host} other machines can connect: give an API key, or listen on 127.0.0.1 alone."
             )
         for name in ("max_answers", "max_sessions", "max_body", "max_pixels", "max_new_tokens", "max_positions"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("max_audio_seconds", "max_voice_seconds", "session_seconds", "idle_seconds"):
             if not getattr(self, name) > 0:

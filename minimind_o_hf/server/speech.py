@@ -73,7 +73,7 @@ def _prompt(service: Service, text: str, voice: Any, body: SpeechRequest) -> Sin
     if room < 1:
         raise ApiError("The text and its instructions are too long.", code="context_length_exceeded")
     seeds = None if body.seed is None else [body.seed % 2**63]
-    length = min(settings.max_new_tokens, room)
+    length = min(service.max_new_tokens, room)
     return SinglePrompt({**inputs.to(service.model.device), "seeds": seeds, "max_new_tokens": length})
 
 

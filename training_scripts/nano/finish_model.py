@@ -51,7 +51,14 @@ REPORTED = {
 
 # flite says a sentence in one way, and the corpus has one answer to a question: there is nothing to choose from. What
 # stands beside `do_sample` is transformers' own, which it takes for unset.
-GENERATION = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_new_tokens": 96}
+GENERATION = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "max_new_tokens": 96,
+    "max_turns": 0,  # it learns from single questions
+}
 
 CARD = """---
 library_name: transformers
@@ -65,7 +72,8 @@ tags: [minimind-o]
 A closed-domain toy of {millions:.1f} M parameters that listens, looks at drawn scenes and speaks, trained from nothing
 by `training_scripts/nano` on a generated corpus, flite's voices and drawn pictures. It answers small talk, sums up to
 twenty, colours, days, animals, simple facts and what the question itself has told, and repeats short sentences. **It
-knows nothing else**: questions beyond its corpus get fluent nonsense. It is the default model of this package's
+knows nothing else**: questions beyond its corpus get fluent nonsense, and in a conversation it takes each question by
+itself. It is the default model of this package's
 commands, the fixture of its tests and a worked example of "train your own"; it is not minimind-3o.
 
 ```python

@@ -39,6 +39,8 @@ EXTRAS = {
     # `minimind-o serve`: the page, OpenAI's protocols, and silero's voice activity detection with its model.
     "server": [
         "fastapi>=0.115",
+        "starlette>=0.40",
+        "pydantic>=2.9",
         "uvicorn>=0.34",
         "websockets>=14",
         "python-multipart>=0.0.18",

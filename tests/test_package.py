@@ -77,11 +77,14 @@ NEEDED_INDIRECTLY = {
     "onnx": "written by torch's exporter",
     "onnxscript": "torch's exporter",
     "pillow": "pictures, loaded by name, as the model loads without it too",
+    "python-multipart": "uploads, parsed by FastAPI",
     "resemble-perth": "network and weights of the watermark, read from its folder",
+    "silero-vad": "its network, read from its folder",
     "tensorboard": "logs of the Trainer",
     "torchvision": "the any-to-any pipeline of transformers",
+    "websockets": "the protocol, spoken by uvicorn",
 }
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"pillow": "PIL", "prometheus-client": "prometheus_client", "pyyaml": "yaml"}
 
 
 PICKLERS = {"pickle", "cloudpickle", "dill", "joblib"}
@@ -313,7 +316,7 @@ def test_declared_and_imported_packages_agree(metadata):
     extras = metadata["extras_require"]
     optional = {
         distribution(requirement)
-        for extra in ("pipeline", "train", "play", "watermark", "evaluation", "onnx")
+        for extra in ("pipeline", "train", "play", "watermark", "evaluation", "onnx", "server")
         for requirement in extras[extra]
     }
     imported = {

@@ -4,7 +4,7 @@ import contextlib
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minimind_o_hf.modeling import MiniMindOForConditionalGeneration
 from minimind_o_hf.processing import MiniMindOProcessor
+from minimind_o_hf.voices import Voice
 
 from . import chat_completions, realtime, speech
 from .service import ApiError, Service, new_id
@@ -156,7 +157,10 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: ApiError) -
 
 
 def create_app(
-    model: MiniMindOForConditionalGeneration, processor: MiniMindOProcessor, settings: ServerSettings | None = None
+    model: MiniMindOForConditionalGeneration,
+    processor: MiniMindOProcessor,
+    settings: ServerSettings | None = None,
+    described: Mapping[str, Voice] | None = None,
 ) -> FastAPI:
     """
     Makes the application that `minimind-o serve` runs.
@@ -165,6 +169,7 @@ def create_app(
         model ([`MiniMindOForConditionalGeneration`]): The model, in evaluation mode.
         processor ([`MiniMindOProcessor`]): Its processor, with a codec.
         settings ([`ServerSettings`], *optional*): The limits; the defaults listen on this machine alone.
+        described (`dict`, *optional*): The checkpoint's voices as [`Voice`]s, which say whose they are.
 
     Returns:
         `FastAPI`: `app.state.service` holds the [`Service`]. Its engine runs while the application does.
@@ -173,7 +178,7 @@ def create_app(
         ValueError: The checkpoint has no codec; settings that cannot be.
     """
     settings = settings or ServerSettings()
-    service = Service(model, processor, settings)
+    service = Service(model, processor, settings, described)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

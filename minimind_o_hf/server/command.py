@@ -15,11 +15,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from transformers.utils.hub import cached_file
 
 from minimind_o_hf.chat import load
 from minimind_o_hf.files import new_file
-from minimind_o_hf.packaged import speaker_encoder_of
-from minimind_o_hf.voices import default_library
+from minimind_o_hf.packaged import default_checkpoint, speaker_encoder_of
+from minimind_o_hf.processing.processing_minimind_o import VOICES_NAME
+from minimind_o_hf.voices import Voice, VoiceLibrary, default_library
 
 from .app import create_app
 from .settings import ServerSettings
@@ -133,6 +135,12 @@ def _introduce(settings: ServerSettings, scheme: str) -> None:
     code.print_ascii(out=sys.stderr, invert=True)
 
 
+def _described_voices(model: str | None) -> dict[str, Voice]:
+    """The voices of a checkpoint with what its file says of them."""
+    file = cached_file(model or default_checkpoint(), VOICES_NAME, _raise_exceptions_for_missing_entries=False)
+    return VoiceLibrary(file).voices() if file else {}
+
+
 def run(options: argparse.Namespace) -> None:
     """Runs `minimind-o serve` until it is stopped."""
     settings = settings_of(options)
@@ -143,7 +151,7 @@ def run(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, processor = load(options.model, options.device, options.dtype, options.adapter)
-    app = create_app(model, processor, settings)
+    app = create_app(model, processor, settings, _described_voices(options.model))
     certificate = key = None
     if options.certificate:
         certificate, key = options.certificate, options.key

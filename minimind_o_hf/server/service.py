@@ -108,14 +108,20 @@ class Service:
         model ([`MiniMindOForConditionalGeneration`]): The model, in evaluation mode.
         processor ([`MiniMindOProcessor`]): Its processor, with a codec.
         settings ([`ServerSettings`]): The server's.
+        described (`dict`, *optional*): The checkpoint's voices as [`Voice`]s, which say whose they are.
     """
 
     def __init__(
-        self, model: MiniMindOForConditionalGeneration, processor: MiniMindOProcessor, settings: ServerSettings
+        self,
+        model: MiniMindOForConditionalGeneration,
+        processor: MiniMindOProcessor,
+        settings: ServerSettings,
+        described: Mapping[str, Voice] | None = None,
     ):
         if processor.audio_tokenizer is None:
             raise ValueError("The checkpoint has no codec, so it cannot speak: attach one (`minimind-o convert`).")
         self.model, self.processor, self.settings = model, processor, settings
+        self.described = described or {}
         self.metrics = Metrics()
         self.engine = Engine(
             model, processor, settings.max_answers, settings.max_waiting, self.metrics.first_sound.observe
@@ -150,7 +156,7 @@ class Service:
 
     def voices(self) -> dict[str, tuple[Mapping[str, Any], str]]:
         """All voices by name, and where each is from."""
-        own = {name: (voice, "checkpoint") for name, voice in self.processor.voices.items()}
+        own = {name: (self.described.get(name, voice), "checkpoint") for name, voice in self.processor.voices.items()}
         return {**{name: (voice, "library") for name, voice in self.library.voices().items()}, **own}
 
     def voice(self, name: Any) -> Voice | Mapping[str, Any] | None:

@@ -480,3 +480,73 @@ def test_rows_of_a_batch_and_experts(tiny_model, use_moe):
     expected = model.generate(second, **inputs)
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.audio_logits, expected.audio_logits, rtol=0, atol=2e-5)
+
+
+# --- Turns from elsewhere, and answers that the caller makes
+
+
+def test_a_remembered_turn_is_read_as_the_template_has_it(converse, processor):
+    conversation = converse(system="Be brief.")
+    conversation.remember("Hello there!", "I am <|im_end|> fine.")  # which is text, and ends nothing
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello there!"},
+        {"role": "assistant", "content": "I am <|im_end|> fine."},
+    ]
+    assert conversation.messages == chat
+    assert conversation.num_turns == 1
+    outputs = scores_of(conversation, "And then?")
+    ids = processor.apply_chat_template(
+        [*chat, {"role": "user", "content": "And then?"}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        sanitize_control_tokens=True,
+    )["input_ids"]
+    assert torch.equal(outputs.sequences[:, : outputs.prompt_length], ids)
+
+
+def test_a_forgotten_turn_is_as_never_said(converse):
+    conversation, other = converse(), converse()
+    for line in LINES[:3]:
+        conversation.ask(line, **GREEDY)
+    other._turns = [conversation._turns[0], conversation._turns[2]]
+    conversation.forget(1)
+    assert conversation.num_turns == 2
+    found, expected = scores_of(conversation, LINES[3]), scores_of(other, LINES[3])
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+    with pytest.raises(IndexError):
+        conversation.forget(7)
+
+
+def test_no_more_turns_are_remembered_than_asked_for(converse, model, monkeypatch):
+    conversation, alone = converse(max_turns=1), converse()
+    for line in LINES:
+        last = scores_of(conversation, line)
+    assert conversation.num_turns == 2
+    alone._turns = conversation._turns[:1]
+    torch.testing.assert_close(last.logits, scores_of(alone, LINES[3]).logits, rtol=0, atol=1e-5)
+    monkeypatch.setattr(model.generation_config, "max_turns", 0, raising=False)
+    assert converse().max_turns == 0  # as the checkpoint says
+    assert converse(max_turns=3).max_turns == 3
+    with pytest.raises(ValueError, match="`max_turns` must be at least 0, got -1"):
+        converse(max_turns=-1)
+
+
+def test_an_answer_that_the_caller_makes(converse, model):
+    conversation, other = converse(), converse()
+    pending = conversation.prepare("Hello there!", **GREEDY)
+    with pending as inputs:
+        with pytest.raises(ValueError, match="answering already"):
+            conversation.ask("And then?")
+        decoding = model.start_decoding(**inputs)
+        outputs = decoding.prefill()
+        while not decoding.is_finished:
+            decoding.advance(outputs)
+            outputs = model(**decoding.next_inputs())
+        pending.outputs = decoding.end()
+    other.ask("Hello there!", **GREEDY)
+    assert conversation.messages == other.messages
+    with conversation.prepare("Never answered.", **GREEDY):
+        pass
+    assert conversation.messages == other.messages

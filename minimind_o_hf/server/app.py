@@ -114,7 +114,8 @@ class Guard:
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
                 if taken > self.settings.max_body:
-                    raise _too_large(self.settings.max_body)
+                    # FastAPI lets this one through where it reads a body, and turns others into a 400.
+                    raise HTTPException(413, _too_large(self.settings.max_body).message)
             return message
 
         return limited

@@ -248,8 +248,17 @@ def create_app(
         async def index() -> Response:
             return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 
-        app.mount("/page", StaticFiles(directory=PAGE), name="page")
+        app.mount("/page", _Page(directory=PAGE), name="page")
     return app
+
+
+class _Page(StaticFiles):
+    """The page's files. A browser asks for changes each time: modules of two versions do not fit each other."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 def _model(service: Service) -> dict[str, Any]:

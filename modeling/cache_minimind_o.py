@@ -277,6 +277,10 @@ class MiniMindOSlotCache(MiniMindOCache):
                 layer.values[index, :, :length] = layer.values[last, :, :length]
             self._rows[index] = self._rows[last]
         self._rows.pop()
+        # Hidden positions weigh nothing, but nothing times NaN is NaN: a broken row must not reach the next ones.
+        for layer in self.layers:
+            layer.keys[last].zero_()
+            layer.values[last].zero_()
 
 
 __all__ = ["MiniMindOCache", "MiniMindOSlotCache"]

@@ -192,7 +192,7 @@ async def chat_completions(body: ChatRequest, request: Request):
         raise ApiError(f"The audio format must be one of {', '.join(FORMATS)}.", param="audio")
     # Reading speech and pictures takes a while: others are served meanwhile.
     pending = await run_in_thread(prepare, body, service)
-    answer = service.submit(pending)
+    answer = service.submit(pending, client=request.client and request.client.host)
     about = {
         "id": new_id("chatcmpl"),
         "created": int(time.time()),

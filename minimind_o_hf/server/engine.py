@@ -6,8 +6,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -77,8 +77,8 @@ class Answer:
         first_sound (`float`, *optional*): Seconds until its first sound.
     """
 
-    def __init__(self, engine: "Engine", pending: Pending, max_latency: float):
-        self._engine, self._pending = engine, pending
+    def __init__(self, engine: "Engine", pending: Pending, max_latency: float, client: Hashable):
+        self._engine, self._pending, self._client = engine, pending, client
         self._cancelled = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue = asyncio.Queue()
@@ -205,6 +205,7 @@ class Engine:
         self._rows: list[_Row] = []
         self._slots = MiniMindOSlotCache(model.config, max_answers)
         self._waiting: deque[Answer] = deque()
+        self._is_admitting = False  # whether a prompt is being read that neither waits nor has a row yet
         self._open: set[Answer] = set()
         self._wake = threading.Condition()
         self._is_closing = False
@@ -242,22 +243,24 @@ class Engine:
         self.sound.put(None)
         self._threads[1].join()
 
-    def submit(self, pending: Pending, max_latency: float = 2.56) -> Answer:
+    def submit(self, pending: Pending, max_latency: float = 2.56, client: Hashable = None) -> Answer:
         """
         Asks for an answer. To be called in an event loop.
 
         Args:
             pending ([`Pending`]): What is to be answered; the model's thread enters and leaves it.
             max_latency (`float`): Longest chunk of sound, see [`MiniMindOIteratorStreamer`].
+            client (*optional*):
+                Who asks. Of those that wait, the first of whoever has the fewest answers in the making comes next.
 
         Raises:
             Busy: `max_waiting` answers wait already.
         """
-        answer = Answer(self, pending, max_latency)
+        answer = Answer(self, pending, max_latency, client)
         with self._wake:
             if self._is_closing:
                 raise Busy("The server is stopping.")
-            if len(self._waiting) >= self.max_waiting + self.max_answers - len(self._rows):
+            if len(self._waiting) >= self.max_waiting + self.max_answers - len(self._rows) - self._is_admitting:
                 raise Busy(f"{len(self._rows)} answers are being made and {len(self._waiting)} wait: try again soon.")
             self._waiting.append(answer)
             self._open.add(answer)
@@ -311,13 +314,19 @@ class Engine:
         self.sound.put((answer, "done", result))
 
     def _next(self) -> Answer | None:
-        """The first that waits and was not cancelled meanwhile, if there is a place for it."""
+        """Who comes next: the first of those that wait, or of a client that has fewer answers in the making."""
         with self._wake:
             cancelled = [answer for answer in self._waiting if answer.is_cancelled]
             for answer in cancelled:
                 self._waiting.remove(answer)
                 self._done(answer, None)
-            return self._waiting.popleft() if self._waiting and len(self._rows) < self.max_answers else None
+            self._is_admitting = bool(self._waiting) and len(self._rows) < self.max_answers
+            if not self._is_admitting:
+                return None
+            taken = Counter(row.answer._client for row in self._rows if row.answer._client is not None)
+            chosen = min(self._waiting, key=lambda answer: taken[answer._client])  # the first of several
+            self._waiting.remove(chosen)
+            return chosen
 
     def _admit(self) -> None:
         answer = self._next()
@@ -338,11 +347,15 @@ class Engine:
                 self._end(row)
                 return
             self._slots.add(cache)
-            self._rows.append(row)
+            with self._wake:
+                self._rows.append(row)
+                self._is_admitting = False
         except Exception as error:  # what is wrong with one prompt is no other's concern
             if is_open:
                 answer._pending.__exit__()
             self._done(answer, error)
+        finally:
+            self._is_admitting = False
 
     def _step(self) -> None:
         try:

@@ -26,6 +26,7 @@ FORMATS = {
     "opus": ("audio/ogg", "OGG", "OPUS"),
 }
 LISTENING_RATE = 16000  # Hz, of the speech encoder
+RATES = (4000, 384_000)  # Hz, of recordings: a few bytes that claim 2 GHz would take 20 GB to resample
 UNKNOWN_LENGTH = 0xFFFFFFFF
 
 
@@ -53,10 +54,12 @@ def read_speech(data: bytes, max_seconds: float) -> np.ndarray:
         `np.ndarray` of shape `(num_samples,)`: float32 at 16 kHz.
 
     Raises:
-        ValueError: It is no audio, or too long.
+        ValueError: It is no audio, of an odd rate, or too long.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if not RATES[0] <= file.samplerate <= RATES[1]:
+                raise ValueError(f"A recording has {RATES[0]} to {RATES[1]} samples a second, got {file.samplerate}.")
             limit = int(max_seconds * file.samplerate)
             samples = file.read(limit + 1, dtype="float32", always_2d=True)
             rate = file.samplerate

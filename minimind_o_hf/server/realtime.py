@@ -570,7 +570,7 @@ class RealtimeSession:
         asked, parts = [item for item, _ in self.unanswered], self._joined_parts()
         response = _Response(_Item("assistant", [], status="in_progress"), speaks)
         pending = await run_in_thread(lambda: conversation.prepare(parts, **settings))
-        response.answer = self.service.submit(pending, MAX_LATENCY)
+        response.answer = self.service.submit(pending, MAX_LATENCY, self.id)
         self.unanswered, self.response = [], response
         self.speaking = asyncio.create_task(self._speak(response, [item.id for item in asked]))
 

@@ -5,7 +5,7 @@ import contextlib
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from typing import Any
 
 import prometheus_client as prometheus
@@ -197,10 +197,10 @@ class Service:
             max_turns=settings.max_turns,
         )
 
-    def submit(self, pending: Pending, max_latency: float = 2.56) -> Answer:
+    def submit(self, pending: Pending, max_latency: float = 2.56, client: Hashable = None) -> Answer:
         """As the engine's, and counts what is refused."""
         try:
-            return self.engine.submit(pending, max_latency)
+            return self.engine.submit(pending, max_latency, client)
         except RuntimeError as error:
             self.metrics.refused.labels("busy").inc()
             raise ApiError(str(error), 503, "server_busy") from error

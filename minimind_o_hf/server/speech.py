@@ -95,15 +95,18 @@ async def speech(body: SpeechRequest, request: Request) -> StreamingResponse:
     name = service.voice_name(body.voice)
     encoder = SoundEncoder(body.response_format, service.sampling_rate, service.settings.model_name, name)
     # The first is asked for here, so that a busy server can say so.
-    first = service.submit(prompts[0])
-    sound = _sound(service, encoder, first, prompts[1:])
+    client = request.client and request.client.host
+    first = service.submit(prompts[0], client=client)
+    sound = _sound(service, encoder, first, prompts[1:], client)
     headers = {"Cache-Control": "no-store"}
     if body.stream_format == "sse":
         return StreamingResponse(_as_events(sound), media_type="text/event-stream", headers=headers)
     return StreamingResponse(sound, media_type=encoder.content_type, headers=headers)
 
 
-async def _sound(service: Service, encoder: SoundEncoder, answer: Any, later: list[SinglePrompt]) -> AsyncIterator:
+async def _sound(
+    service: Service, encoder: SoundEncoder, answer: Any, later: list[SinglePrompt], client: str | None
+) -> AsyncIterator:
     try:
         while True:
             async for _, samples in service.events(answer):
@@ -111,7 +114,7 @@ async def _sound(service: Service, encoder: SoundEncoder, answer: Any, later: li
                     yield data
             if not later:
                 break
-            answer = service.submit(later.pop(0))
+            answer = service.submit(later.pop(0), client=client)
         if data := encoder.end():
             yield data
     finally:

@@ -208,14 +208,17 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return _response(ApiError(str(error.detail), error.status_code))
+        code = "request_too_large" if error.status_code == 413 else None
+        return _response(ApiError(str(error.detail), error.status_code, code))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         # What went wrong stays here: clients get a number to ask after.
         number = new_id("error")
         logger.error("%s: %s %s", number, request.method, request.url.path, exc_info=error)
-        return _response(ApiError(f"The server failed ({number}).", 500, "server_error"))
+        response = _response(ApiError(f"The server failed ({number}).", 500, "server_error"))
+        response.headers.update(HEADERS)  # it is sent from outside of the guard
+        return response
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

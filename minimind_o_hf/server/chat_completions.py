@@ -59,6 +59,15 @@ def check_unsupported(fields: dict[str, Any], names: Sequence[str]) -> None:
             raise ApiError(f"`{name}` is not supported by this model: leave it out.", param=name)
 
 
+def _checked(text: str) -> str:
+    """A text that tokenizers take: JSON can hold halves of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError("A text holds half of a surrogate pair: send whole characters.", param="content") from error
+    return text
+
+
 def content_parts(content: Any, service: Service) -> str | list[dict[str, Any]]:
     """
     A message's content as the processor takes it. Nothing in it is taken for a path, and nothing is fetched.
@@ -67,14 +76,14 @@ def content_parts(content: Any, service: Service) -> str | list[dict[str, Any]]:
         content: A text, or a list of OpenAI's parts: `text`/`input_text`, `input_audio`, `image_url`/`input_image`.
     """
     if isinstance(content, str):
-        return content
+        return _checked(content)
     if not isinstance(content, list) or not content:
         raise ApiError("A message's content is a text or a list of parts.", param="content")
     settings, parts = service.settings, []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
+            parts.append({"type": "text", "text": _checked(part["text"])})
         elif kind == "input_audio" and isinstance(part.get("input_audio"), dict):
             data = decode_base64(part["input_audio"].get("data"), settings.max_body)
             parts.append({"type": "audio", "audio": read_speech(data, settings.max_audio_seconds)})

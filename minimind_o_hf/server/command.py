@@ -1,6 +1,7 @@
 """`minimind-o serve`."""
 
 import argparse
+import contextlib
 import datetime
 import ipaddress
 import os
@@ -59,10 +60,11 @@ def make_certificate(folder: Path, names: list[str]) -> tuple[Path, Path]:
     now = datetime.datetime.now(datetime.UTC)
     wanted = sorted({*names, "localhost", "127.0.0.1"})
     if certificate.is_file() and key_file.is_file():
-        old = x509.load_pem_x509_certificate(certificate.read_bytes())
-        held = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        if sorted(str(name.value) for name in held) == wanted and old.not_valid_after_utc > now:
-            return certificate, key_file
+        with contextlib.suppress(ValueError, x509.ExtensionNotFound):  # damaged, or another's
+            old = x509.load_pem_x509_certificate(certificate.read_bytes())
+            held = old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            if sorted(str(name.value) for name in held) == wanted and old.not_valid_after_utc > now:
+                return certificate, key_file
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "MiniMind-O")])
     alternatives: list[x509.GeneralName] = []

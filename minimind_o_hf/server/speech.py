@@ -140,7 +140,8 @@ def _described(name: str, voice: Any, source: str, service: Service) -> dict[str
     except (TypeError, ValueError):
         at = service.started
     told = {key: notes.get(key) or "" for key in ("language", "description", "licence")}
-    return {"id": name, "object": "audio.voice", "name": name, "created_at": at, "source": source, **told}
+    about = {"id": name, "object": "audio.voice", "type": "audio_sample", "name": name}
+    return {**about, "created_at": at, "source": source, **told}
 
 
 @router.get("/v1/audio/voices")

@@ -32,7 +32,7 @@ from minimind_o_hf import (
 from minimind_o_hf.chat import check_voice as chat_check_voice
 from minimind_o_hf.cli import main
 from minimind_o_hf.data.building import SpeakerEncoder
-from minimind_o_hf.recordings import change_speed, prepare_recording
+from minimind_o_hf.recordings import change_speed, prepare_recording, without_quiet_edges
 
 CONSENT = "I am the speaker and agree to it."
 RATE = 24000
@@ -901,3 +901,13 @@ def test_chat_refuses_a_voice_of_another_codec(run, processor):
         chat_check_voice("foreign", processor)
     assert "foreign" not in processor.voices
     assert check_voice(VoiceLibrary().get("foreign"))["spk_emb"].shape == (192,)
+
+
+def test_quiet_edges_are_taken_off():
+    speech = np.sin(np.arange(1600)).astype(np.float32)
+    quiet = 0.001 * np.ones(8000, dtype=np.float32)
+    heard = without_quiet_edges(np.concatenate([quiet, speech, quiet, speech, quiet]), 16000)
+    assert len(heard) == 2 * 1600 + 8000 + 2 * 1280  # 80 ms are left on each side, and what lies between
+    assert np.array_equal(heard[1280:2880], speech)
+    for nothing in (np.zeros(0, np.float32), np.zeros(100, np.float32), np.zeros(5000, np.float32)):
+        assert np.array_equal(without_quiet_edges(nothing, 16000), nothing)

@@ -16,6 +16,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from minimind_o_hf.modeling.streaming_minimind_o import FRAME_SECONDS
+from minimind_o_hf.recordings import without_quiet_edges
 
 from .chat_completions import content_parts, usage_of
 from .engine import Answer
@@ -399,6 +400,7 @@ class RealtimeSession:
         self.next_item = new_id("item")
         previous = next(reversed(self.items), None)
         await self.send("input_audio_buffer.committed", item_id=item.id, previous_item_id=previous)
+        speech = without_quiet_edges(speech, RATE)
         await self._add(item, [{"type": "audio", "audio": speech, "sampling_rate": RATE}])
 
     def _clear(self) -> None:
@@ -594,7 +596,7 @@ class RealtimeSession:
 
     async def _speak(self, response: _Response, asked: list[str]) -> None:
         """Sends an answer while it is made."""
-        part = "output_audio" if response.speaks else "output_text"
+        part = "audio" if response.speaks else "text"  # so called in these events, and `output_audio` in items
         words = "response.output_audio_transcript" if response.speaks else "response.output_text"
         where = {"response_id": response.id, "item_id": response.item.id, "output_index": 0, "content_index": 0}
         whole = {name: where[name] for name in ("response_id", "output_index")}
@@ -663,8 +665,8 @@ class RealtimeSession:
             status, details = "incomplete", {"reason": "max_output_tokens"}
         item.status = "completed" if status == "completed" else "incomplete"
         field_name = "transcript" if response.speaks else "text"
-        part = {"type": "output_audio" if response.speaks else "output_text", field_name: response.text}
-        item.content = [part]
+        item.content = [{"type": "output_audio" if response.speaks else "output_text", field_name: response.text}]
+        part = {"type": "audio" if response.speaks else "text", field_name: response.text}
         if response.speaks:
             await self.send("response.output_audio.done", **where)
         await self.send(f"{words}.done", **where, **{field_name: response.text})

@@ -26,7 +26,7 @@ EXTRAS = {
     "pipeline": [TORCHVISION],
     # Adapters, pictures of training data, and logs.
     "train": ["peft>=0.17", "matplotlib>=3.8", "tensorboard>=2.15"],
-    # `minimind-o voices play` through a loudspeaker; without it, into a file.
+    # `minimind-o talk` by microphone and loudspeaker, `minimind-o voices play`; without it, both use files.
     "play": ["sounddevice>=0.4.6"],
     # The inaudible watermark of generated sound, and its detector.
     "watermark": [WATERMARK],
@@ -55,7 +55,7 @@ EXTRAS = {
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5", WATERMARK],
 }
 # The server is tested with the clients that people use: OpenAI's package and a browser (Chromium is not in the wheel).
-EXTRAS["test"] += ["openai>=3", "playwright>=1.49"]
+EXTRAS["test"] += ["openai>=3", "playwright>=1.49", "psutil>=6", "soxr>=0.5"]
 EXTRAS["test"] += EXTRAS["evaluation"] + EXTRAS["onnx"] + EXTRAS["quantization"] + EXTRAS["server"]
 EXTRAS["dev"] = [requirement for extra in ("pipeline", "train", "quality", "test") for requirement in EXTRAS[extra]]
 

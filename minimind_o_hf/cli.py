@@ -23,6 +23,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add_arguments(chat)
 
+    talk = commands.add_parser(
+        "talk",
+        help="speak with a model",
+        description="A spoken conversation, by microphone and loudspeaker or by files.",
+    )
+    from .talk import add_arguments as add_talking
+
+    add_talking(talk)
+
     serve = commands.add_parser(
         "serve",
         help="serve a model to browsers and programs",
@@ -237,6 +246,11 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.command == "chat":
         from .chat import run
+
+        run(options)
+        return
+    if options.command == "talk":
+        from .talk import run
 
         run(options)
         return

@@ -132,9 +132,9 @@ class _RowSound:
         self.state: MimiStreamState | None = None
         self.frames: list[torch.LongTensor] = []
 
-    def add(self, frame: torch.LongTensor) -> torch.Tensor | None:
+    def add(self, frame: torch.LongTensor, more: bool = False) -> torch.Tensor | None:
         self.frames.append(frame)
-        return self.flush() if self.pace.is_due(len(self.frames)) else None
+        return self.flush() if not more and self.pace.is_due(len(self.frames)) else None
 
     def flush(self) -> torch.Tensor | None:
         if not self.frames:
@@ -234,12 +234,14 @@ class MiniMindOIteratorStreamer(MiniMindOStreamer):
             if kind == "end":
                 break
 
-    def events(self, kind: str, value: Any) -> Iterator[MiniMindOStreamEvent]:
+    def events(self, kind: str, value: Any, more: bool = False) -> Iterator[MiniMindOStreamEvent]:
         """
         What one item of `generate` adds, for callers who have a queue of their own. Decodes sound.
 
         Args:
             kind (`str`), value: As they were put.
+            more (`bool`, defaults to `False`): Whether frames that come next are there already: all are decoded
+                together then.
         """
         if kind == "error":
             raise value
@@ -263,7 +265,7 @@ class MiniMindOIteratorStreamer(MiniMindOStreamer):
                 waveform = None
                 if has_frame[row]:
                     sound = self._sounds.setdefault(row, _RowSound(self._decoder, _Pace(self._longest_chunk)))
-                    waveform = sound.add(frames[row])
+                    waveform = sound.add(frames[row], more)
                 elif row in self._sounds:  # its speech has ended, others go on
                     waveform = self._sounds[row].flush()
                 if waveform is not None:

@@ -272,6 +272,8 @@ async def _stream(
         yield f"data: {json.dumps({'error': told.body})}\n\n".encode()
     finally:
         answer.cancel()
+        if encoder is not None:
+            encoder.close()
 
 
 __all__ = ["content_parts", "router", "usage_of"]

@@ -150,8 +150,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--certificate and --key belong together.")
     if len(options.adapter) > 1:
         raise ValueError("A server has one adapter: give --adapter once.")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    # The model and the codec have a thread each, which more threads of PyTorch's would only get in the way of.
+    torch.set_num_threads(options.threads or max(1, torch.get_num_threads() // 2))
     model, processor = load(options.model, options.device, options.dtype, options.adapter)
     app = create_app(model, processor, settings, _described_voices(options.model))
     certificate = key = None

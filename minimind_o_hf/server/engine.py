@@ -122,7 +122,7 @@ class Answer:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    def _take(self, kind: str, value: Any) -> None:
+    def _take(self, kind: str, value: Any, more: bool = False) -> None:
         """What the model has made: text and sound of it go to the reader."""
         if kind == "done":
             self.output = value if isinstance(value, MiniMindOGenerateOutput) else None
@@ -131,11 +131,11 @@ class Answer:
             self._engine.forget(self)
             self._tell(value if isinstance(value, BaseException) else None)
         elif not self.is_cancelled:
-            self._read(kind, value)
+            self._read(kind, value, more)
 
-    def _read(self, kind: str, value: Any) -> None:
+    def _read(self, kind: str, value: Any, more: bool = False) -> None:
         try:
-            for event in self._streamer.events(kind, value):
+            for event in self._streamer.events(kind, value, more):
                 if event.audio is not None and self.first_sound is None:
                     self.first_sound = time.monotonic() - self._asked
                     self._engine.on_first_sound(self.first_sound)
@@ -286,9 +286,25 @@ class Engine:
     # ---------------------------------------------------------------- the thread of the sound
 
     def _run_sound(self) -> None:
-        while (item := self.sound.get()) is not None:
-            answer, kind, value = item
-            answer._take(kind, value)
+        waiting: dict[Answer, list[tuple[str, Any]]] = {}
+        is_closing = False
+        while not is_closing or waiting:
+            # All that has come meanwhile: frames of one answer are decoded together, which takes less time.
+            while not is_closing and (not waiting or not self.sound.empty()):
+                item = self.sound.get()
+                if item is None:
+                    is_closing = True
+                else:
+                    waiting.setdefault(item[0], []).append(item[1:])
+            if not waiting:
+                continue
+            # Who has heard nothing yet comes first, then who has waited longest.
+            answer = next((answer for answer in waiting if answer.first_sound is None), next(iter(waiting)))
+            items = waiting.pop(answer)
+            frames = sum(kind == "audio" for kind, _ in items)
+            for kind, value in items:
+                frames -= kind == "audio"
+                answer._take(kind, value, more=kind == "audio" and frames > 0)
 
     # ---------------------------------------------------------------- the thread of the model
 

@@ -172,6 +172,11 @@ class SoundEncoder:
         self._file.close()
         return self._drain.take()
 
+    def close(self) -> None:
+        """Of sound that is not wanted any more."""
+        if self._file is not None:
+            self._file.close()
+
 
 def _open_ended(wav: bytes) -> bytes:
     """The head of a WAV without samples, for any number of them."""

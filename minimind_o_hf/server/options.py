@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--requests-per-minute", type=int, default=600, metavar="N", help="of a client; 0: any number")
     parser.add_argument("--watermark", action="store_true", help="put an inaudible watermark into the speech")
-    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: one a core)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: half the cores)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )

@@ -169,7 +169,7 @@ class RealtimeSession:
         self.speaking: asyncio.Task | None = None
         self.sending = asyncio.Lock()
         self.task: asyncio.Task | None = None
-        self.is_stopping = False
+        self.is_stopping = self.is_gone = False
 
     # ---------------------------------------------------------------- the connection
 
@@ -197,10 +197,11 @@ class RealtimeSession:
             # A client that went away, or reads nothing: starlette says either in several ways.
             logger.debug("session %s ended: %r", self.id, error)
         except asyncio.CancelledError:
-            if not self.is_stopping:
+            if self.is_stopping:
+                with contextlib.suppress(Exception):
+                    await self.close(1001, "The server is stopping.")
+            elif not self.is_gone:
                 raise
-            with contextlib.suppress(Exception):
-                await self.close(1001, "The server is stopping.")
         finally:
             await self._end()
 
@@ -210,11 +211,18 @@ class RealtimeSession:
         if self.task is not None:
             self.task.cancel()
 
+    def _leave(self) -> None:
+        """Ends the session whose client turned out to be gone while it was answered."""
+        self.is_gone = True
+        if self.task is not None:
+            self.task.cancel()
+
     async def close(self, code: int, reason: str) -> None:
         """Closes the connection."""
         await asyncio.wait_for(self.socket.close(code, reason), SEND_SECONDS)
 
     async def _end(self) -> None:
+        self.task = None  # it ends by itself from here on
         if self.response is not None and self.response.answer is not None:
             self.response.answer.cancel()
         if self.speaking is not None:
@@ -224,7 +232,8 @@ class RealtimeSession:
 
     async def send(self, kind: str, **fields: Any) -> None:
         """Sends an event; a client that does not take it in time is given up."""
-        text = json.dumps({"type": kind, "event_id": new_id("event"), **fields}, ensure_ascii=False)
+        # In ASCII: what a client named its items may hold halves of characters, which UTF-8 does not.
+        text = json.dumps({"type": kind, "event_id": new_id("event"), **fields})
         async with self.sending:
             await asyncio.wait_for(self.socket.send_text(text), SEND_SECONDS)
 
@@ -615,6 +624,7 @@ class RealtimeSession:
                 if sound is not None:
                     await self._send_sound(response, sound, where)
         except (WebSocketDisconnect, TimeoutError, ConnectionError):
+            self._leave()
             return
         except ValueError as problem:
             error = problem
@@ -624,9 +634,10 @@ class RealtimeSession:
         finally:
             answer.cancel()
             self.response = None
-        # What was sent last, or the connection's end, is the session's concern.
-        with contextlib.suppress(WebSocketDisconnect, TimeoutError, ConnectionError, RuntimeError):
+        try:
             await self._tell_end(response, asked, error, words, where, whole)
+        except (WebSocketDisconnect, TimeoutError, ConnectionError, RuntimeError):
+            self._leave()
 
     async def _send_sound(self, response: _Response, sound: torch.Tensor, where: dict[str, Any]) -> None:
         response.sent += len(sound) / RATE

@@ -1,7 +1,6 @@
 """What all of the server's protocols share: the model, the voices, the limits and what is counted."""
 
 import asyncio
-import contextlib
 import time
 import uuid
 from collections import OrderedDict
@@ -246,9 +245,10 @@ async def run_in_thread(function: Callable, *arguments) -> Any:
 
 
 async def finished(task: asyncio.Task) -> None:
-    """Waits for a cancelled task."""
-    with contextlib.suppress(asyncio.CancelledError, Exception):
-        await task
+    """Waits for a task's end, whatever it is. Unlike `await task`, it hears when the waiting itself is cancelled."""
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # has been looked at
 
 
 __all__ = ["ApiError", "Metrics", "RateLimit", "Service", "finished", "new_id", "run_in_thread"]

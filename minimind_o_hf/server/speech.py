@@ -119,6 +119,7 @@ async def _sound(
             yield data
     finally:
         answer.cancel()
+        encoder.close()
 
 
 async def _as_events(sound: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -389,8 +389,9 @@ def merge_checkpoint(
     _check_voices(info)
     source, revision = _base_of(info, base)
     folder = _fetch(source, _CHECKPOINT, revision=revision)
-    if Path(directory).resolve() in (folder.resolve(), info.folder.resolve()):
-        raise ValueError(f"{directory} is what is to be merged: give another directory.")
+    target = Path(directory).resolve()
+    if any(target in (source, *source.parents) for source in (folder.resolve(), info.folder.resolve())):
+        raise ValueError(f"{directory} is, or holds, what is to be merged: give another directory.")
     if not list(folder.glob("model*.safetensors")):
         raise ValueError(f"{source} holds no model in safetensors: make a checkpoint of it (`minimind-o convert`).")
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -402,6 +403,7 @@ def merge_checkpoint(
         merged.save_pretrained(made)
         if dtype is None:
             _as_in(folder, made)
+        _check_finite(made)
         for file in files:
             # The configuration names the type.
             is_kept = CHECKPOINT_FILES.fullmatch(file) and not _OF_WEIGHTS.fullmatch(file)
@@ -426,10 +428,20 @@ def _as_in(base: Path, made: Path) -> None:
     for path in base.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             types |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    if others := set(types.values()) - _TYPES.keys():
+        raise ValueError(f"{base} holds weights of the type {min(others)}: say how to store them (`--dtype`).")
     for path in made.glob("model*.safetensors"):
         tensors = {name: tensor.to(_TYPES[types[name]]) for name, tensor in load_file(path).items()}
         with new_file(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def _check_finite(made: Path) -> None:
+    """Refuses a checkpoint whose merged weights are larger than their type holds."""
+    for path in made.glob("model*.safetensors"):
+        for name, tensor in load_file(path).items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"Merged, {name} is too large for {tensor.dtype}: give another type (`--dtype`).")
 
 
 def _check_voices(info: AdapterInfo) -> None:

@@ -538,6 +538,33 @@ def test_merged_weights_have_the_type_of_the_base(adapters, tmp_path):
     assert {name for name in before if name.startswith(("audio_", "vision_", "model.embed"))} <= same_tensors
 
 
+def test_merging_refuses_what_a_type_cannot_hold(adapters, tmp_path):
+    adapter = shutil.copytree(adapters / "talker", tmp_path / "large")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if ".lora_B." in name)
+    tensors[name] = torch.full_like(tensors[name], 1e6)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"too large for torch\.float16: .*--dtype"):
+        merge_checkpoint(adapter, tmp_path / "merged")
+    merge_checkpoint(adapter, tmp_path / "whole", dtype=torch.float32)
+    double = shutil.copytree(default_checkpoint(), tmp_path / "double")
+    weights = load_file(double / "model.safetensors")
+    save_file({name: tensor.double() for name, tensor in weights.items()}, double / "model.safetensors")
+    with pytest.raises(ValueError, match="of the type F64: .*--dtype"):
+        merge_checkpoint(adapters / "talker", tmp_path / "merged", base=double)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_does_not_replace_what_holds_the_adapter_or_its_base(adapters, tmp_path):
+    run = shutil.copytree(default_checkpoint(), tmp_path / "run")
+    adapter = shutil.copytree(adapters / "talker", run / "adapter")
+    base = shutil.copytree(default_checkpoint(), run / "base")
+    for merged, model in ((adapter, default_checkpoint()), (adapters / "talker", base)):
+        with pytest.raises(ValueError, match="or holds, what is to be merged"):
+            merge_checkpoint(merged, run, base=model, overwrite=True)
+    assert {path.name for path in run.iterdir()} > {"adapter", "base", "config.json"}
+
+
 def test_merging_refuses_and_leaves_nothing(adapters, tmp_path, capsys):
     target = tmp_path / "merged"
     moved = tmp_path / "moved"

@@ -7,10 +7,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import soundfile
 import torch
+from minimind_o_hf.processing.voices_minimind_o import load_voices
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -223,7 +225,7 @@ def test_the_recipe_can_go_on_from_its_parts(model, processor, tmp_path, monkeyp
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "tokenizer" / "model").get_vocab() == processor.tokenizer.get_vocab()
     )
-    assert sorted(load_file(tmp_path / "speaker_encoder" / "voices.safetensors")) == VOICES
+    assert sorted(load_file(tmp_path / "speaker_encoder" / "voices.safetensors")) == sorted([*VOICES, "kal16"])
     origin = json.loads((PATH / "provenance.json").read_text(encoding="utf-8"))["stages"]
     for stage in restore.PARTS:
         done = json.loads((tmp_path / stage / "done.json").read_text(encoding="utf-8"))
@@ -231,3 +233,11 @@ def test_the_recipe_can_go_on_from_its_parts(model, processor, tmp_path, monkeyp
     capsys.readouterr()
     restore.restore(PATH, tmp_path)
     assert capsys.readouterr().err.count(": kept") == len(restore.PARTS)
+    # The voice that is never trained on: its recordings are made anew, its embedding is not.
+    row = {"voice": "kal16", "seconds": 1, "path": "one.wav"}
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "speech" / "answers.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    soundfile.write(tmp_path / "speech" / "one.wav", np.random.default_rng(0).normal(0, 0.1, 24_000), 24_000)
+    voice = importlib.import_module("finish_model").held_out_voice(tmp_path, processor.audio_tokenizer)
+    assert torch.equal(voice["spk_emb"], load_voices(held_out_voices_of(None))["kal16"]["spk_emb"])
+    assert voice["ref_codes"].shape == (8, 13)

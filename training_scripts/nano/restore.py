@@ -20,6 +20,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from minimind_o_hf import default_checkpoint
 from minimind_o_hf.files import new_directory, new_file
+from minimind_o_hf.packaged import HELD_OUT_VOICES
 
 PARTS = ("tokenizer", "codec", "speaker_encoder", "speech_encoder", "vision_encoder", "i2t")
 
@@ -63,7 +64,7 @@ def restore(source: Path, work: Path) -> None:
         with new_directory(folder) as temporary:
             write_part(name, source, model, processor, temporary / "model")
             if name == "speaker_encoder":
-                voices = load_voices(source / "voices.safetensors")
+                voices = load_voices(source / "voices.safetensors") | load_voices(source / HELD_OUT_VOICES)
                 embeddings = {voice: parts["spk_emb"] for voice, parts in voices.items()}
                 with new_file(temporary / "voices.safetensors") as path:
                     save_file(embeddings, path)

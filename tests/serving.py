@@ -1,17 +1,18 @@
-"""What the server's tests share: the packaged nano, the real application on a free port of this machine, and sounds."""
+"""What the server's tests share: the packaged nano, the real application on a port of this machine, and sounds."""
 
 import asyncio
 import base64
 import contextlib
 import functools
 import io
+import json
 import logging
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import openai
@@ -20,6 +21,7 @@ import soxr
 import torch
 import uvicorn
 import websockets
+from openai.types.realtime import RealtimeServerEvent
 
 from minimind_o_hf.chat import load
 from minimind_o_hf.packaged import default_checkpoint, speaker_encoder_of
@@ -50,11 +52,17 @@ def wait_until(true: Callable[[], Any], seconds: float = 20.0) -> None:
 
 
 class _Errors(logging.Handler):
-    def __init__(self):
+    """What a thread logs as errors."""
+
+    def __init__(self, thread: threading.Thread):
         super().__init__(logging.ERROR)
+        self.thread = thread
         self.said: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        # Of a websocket that was refused with an HTTP status, as it should be, uvicorn says that it was not opened.
+        if record.thread != self.thread.ident or "without completing handshake" in record.getMessage():
+            return
         self.said.append(f"{record.name}: {record.getMessage()} {record.exc_info}")
 
 
@@ -63,17 +71,24 @@ class Server:
     The application behind a real socket, in a thread of this process.
 
     Args:
+        ping_seconds (`float`): How often websockets are pinged, and how long they may take to answer.
+        send_buffer (`int`, *optional*): Of each connection, in bytes, so that a client who reads nothing is soon felt.
+        **settings: Of [`ServerSettings`].
+
+    Attributes:
         errors (list of `str`): What it logged as errors; the tests expect none.
         loop (`asyncio.AbstractEventLoop`): The one that it runs in.
     """
 
-    def __init__(self, ping_seconds: float = 20.0, **settings: Any):
-        settings = {"model_name": "nano", "speaker_encoder": speaker_encoder_of(None), **settings}
+    def __init__(self, ping_seconds: float = 20.0, send_buffer: int | None = None, **settings: Any):
+        settings = {"model_name": "nano", "speaker_encoder": speaker_encoder_of(None), "max_turns": 8, **settings}
         self.settings = ServerSettings(**{"requests_per_minute": 0, **settings})
         self.app = create_app(*load_nano(), self.settings)
         self.service = self.app.state.service
         self.engine = self.service.engine
         self._listener = socket.create_server(("127.0.0.1", 0))
+        if send_buffer is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.websocket_url = f"ws://127.0.0.1:{self.port}/v1/realtime?model=nano"
@@ -87,7 +102,7 @@ class Server:
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run)
-        self._handler = _Errors()
+        self._handler = _Errors(self._thread)
         self.errors = self._handler.said
 
     def _run(self) -> None:
@@ -157,11 +172,20 @@ def serving(**settings: Any) -> Iterator[Server]:
         server.wait_until_quiet()
     finally:
         server.stop()
-    assert server.errors == []
+    assert server.errors == [], server.errors
     assert not [t.name for t in threading.enumerate() if t in server.engine._threads]
 
 
 # ---------------------------------------------------------------- realtime
+
+
+KINDS = get_args(get_args(RealtimeServerEvent)[0])
+EVENTS = {get_args(kind.model_fields["type"].annotation)[0]: kind for kind in KINDS}
+
+
+def check_event(data: bytes | str) -> Any:
+    """A server's event, with all that the official client's types ask of it."""
+    return EVENTS[json.loads(data)["type"]].model_validate_json(data)
 
 
 class Talk:
@@ -172,7 +196,10 @@ class Talk:
         self.events: list[Any] = []
 
     async def next(self, seconds: float = 20.0) -> Any:
-        event = await asyncio.wait_for(self.connection.recv(), seconds)
+        data = await asyncio.wait_for(self.connection.recv_bytes(), seconds)
+        # The client takes what it gets; its types say what there must be.
+        check_event(data)
+        event = self.connection.parse_event(data)
         self.events.append(event)
         return event
 
@@ -250,5 +277,3 @@ def sound_file(samples: np.ndarray, rate: int, kind: str = "WAV") -> bytes:
 
 def picture_url() -> str:
     return f"data:image/png;base64,{base64_of((DATA / 'two_blue_circles.png').read_bytes())}"
-
-

@@ -688,7 +688,7 @@ def test_half_precision_changes_floating_point_weights_alone(tmp_path):
 
 @needs_flite
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_whole_recipe_runs_quickly(tmp_path, capsys):
     nano.main([str(tmp_path), "--quick"])
     figures = stages.read_json(tmp_path / "codec" / "figures.json")

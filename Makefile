@@ -34,12 +34,15 @@ style: $(LINTED)  ## repair and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A type checker looks for `minimind_o_hf.modeling` in `minimind_o_hf/`: it is given the installed layout, as links.
+# A type checker looks for `minimind_o_hf.modeling` in `minimind_o_hf/`: it is given the installed layout, as links. It
+# does not look into linked folders: of `data`, `modeling` and `processing` it knows what others import from them.
 quality: $(LINTED)  ## check style, format and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf build/types && mkdir -p build/types/minimind_o_hf
-	@ln -s $(CURDIR)/minimind_o_hf/* $(CURDIR)/modeling $(CURDIR)/processing build/types/minimind_o_hf/
+	@rm -rf build/types
+	@$(BIN)/python -c "import os, shutil as s; s.copytree('$(CURDIR)/minimind_o_hf', 'build/types/minimind_o_hf', \
+		copy_function=os.symlink, ignore=s.ignore_patterns('data', 'nano', '__pycache__'))"
+	@ln -s $(CURDIR)/minimind_o_hf/data $(CURDIR)/modeling $(CURDIR)/processing build/types/minimind_o_hf/
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed  ## measure generation at the released size

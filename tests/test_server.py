@@ -781,8 +781,8 @@ def test_errors_do_not_tell_internals(monkeypatch):
         {"max_body": 0},
         {"max_audio_seconds": 0},
         {"idle_seconds": float("nan")},
-        pytest.param({"requests_per_minute": -1}, marks=pytest.mark.xfail(strict=True, reason="not checked yet")),
-        pytest.param({"max_waiting": -1}, marks=pytest.mark.xfail(strict=True, reason="checked by the engine alone")),
+        {"requests_per_minute": -1},
+        {"max_waiting": -1},
     ],
 )
 def test_settings_that_cannot_be(settings):

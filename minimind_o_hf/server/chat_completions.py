@@ -43,10 +43,10 @@ class ChatRequest(BaseModel):
     audio: AudioOut | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = None
@@ -68,12 +68,15 @@ def _checked(text: str) -> str:
     return text
 
 
-def content_parts(content: Any, service: Service) -> str | list[dict[str, Any]]:
+def content_parts(content: Any, service: Service) -> Any:
     """
     A message's content as the processor takes it. Nothing in it is taken for a path, and nothing is fetched.
 
     Args:
         content: A text, or a list of OpenAI's parts: `text`/`input_text`, `input_audio`, `image_url`/`input_image`.
+
+    Returns:
+        `str` or `list[dict]`, as `content` is.
     """
     if isinstance(content, str):
         return _checked(content)
@@ -141,7 +144,7 @@ def prepare(request: ChatRequest, service: Service) -> SinglePrompt:
     """The request as what the engine takes."""
     speaks = "audio" in (request.modalities or ())
     messages = _messages(request, service)
-    inputs = service.processor.apply_chat_template(
+    inputs: Any = service.processor.apply_chat_template(
         messages,
         add_generation_prompt=True,
         tokenize=True,
@@ -169,7 +172,7 @@ def prepare(request: ChatRequest, service: Service) -> SinglePrompt:
 
 def usage_of(answer: Answer) -> dict[str, Any]:
     """What an answer took: positions of the prompt, tokens of text, frames of speech."""
-    output = answer.output
+    output: Any = answer.output
     if output is None:
         return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     text = output.sequences.shape[1] - output.prompt_length
@@ -183,7 +186,7 @@ def usage_of(answer: Answer) -> dict[str, Any]:
 
 
 def _finish_reason(answer: Answer) -> str:
-    return "stop" if answer.output is not None and bool(answer.output.is_complete.all()) else "length"
+    return "stop" if answer.is_complete else "length"
 
 
 @router.post("/v1/chat/completions")

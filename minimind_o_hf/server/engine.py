@@ -33,7 +33,7 @@ class Busy(RuntimeError):
 class Pending(Protocol):
     """What is to be answered, such as a [`PendingAnswer`] of a conversation."""
 
-    outputs: MiniMindOGenerateOutput | None
+    outputs: Any  # to be set to what `generate` returns
 
     def __enter__(self) -> dict[str, Any]: ...
 
@@ -63,7 +63,7 @@ class _Cancelled(StoppingCriteria):
     def __init__(self, event: threading.Event):
         self.event = event
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> Any:
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -92,6 +92,11 @@ class Answer:
         """Ends it within a step; what was said until then has been kept when the iteration ends."""
         self._cancelled.set()
         self._engine.wake()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it came to its own end, in text and speech."""
+        return self.output is not None and self.output.is_complete is not None and bool(self.output.is_complete.all())
 
     @property
     def is_cancelled(self) -> bool:
@@ -203,7 +208,7 @@ class Engine:
         self.sound: queue.SimpleQueue = queue.SimpleQueue()
         self.num_steps = self.num_row_steps = self.num_answers = 0
         self._rows: list[_Row] = []
-        self._slots = MiniMindOSlotCache(model.config, max_answers)
+        self._slots = MiniMindOSlotCache(self.model.config, max_answers)
         self._waiting: deque[Answer] = deque()
         self._is_admitting = False  # whether a prompt is being read that neither waits nor has a row yet
         self._open: set[Answer] = set()
@@ -375,7 +380,7 @@ class Engine:
 
     def _step(self) -> None:
         try:
-            outputs = self._forward()
+            outputs: Any = self._forward()
         except Exception as error:  # out of memory, say: nobody's keys and values can be trusted
             for index in range(len(self._rows) - 1, -1, -1):
                 self._leave(index, error)
@@ -431,9 +436,10 @@ class Engine:
         try:
             if error is None:
                 result = row.answer._pending.outputs = row.decoding.end()
-        finally:
             row.answer._pending.__exit__()
-            self._done(row.answer, result)
+        except Exception as problem:  # this answer's alone: the thread goes on for the others
+            result = problem
+        self._done(row.answer, result)
 
 
 __all__ = ["Answer", "Busy", "Engine", "Pending", "SinglePrompt"]

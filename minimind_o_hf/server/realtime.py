@@ -45,9 +45,9 @@ class TurnDetection(_Model):
     """When the server takes its turn."""
 
     type: Literal["server_vad"] = "server_vad"
-    threshold: float = Field(0.5, ge=0, le=1)
-    prefix_padding_ms: StrictInt = Field(300, ge=0, le=5000)
-    silence_duration_ms: StrictInt = Field(500, ge=50, le=10_000)
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    prefix_padding_ms: StrictInt = Field(default=300, ge=0, le=5000)
+    silence_duration_ms: StrictInt = Field(default=500, ge=50, le=10_000)
     create_response: StrictBool = True
     interrupt_response: StrictBool = True
 
@@ -71,7 +71,7 @@ class AudioOutput(_Model):
 
     format: AudioFormat | None = None
     voice: str | dict[str, str] | None = None
-    speed: float | None = Field(None, ge=1, le=1)
+    speed: float | None = Field(default=None, ge=1, le=1)
 
 
 class AudioSettings(_Model):
@@ -84,11 +84,11 @@ class AudioSettings(_Model):
 class ResponseSettings(_Model):
     """What a `response.create` may change for one answer."""
 
-    instructions: str | None = Field(None, max_length=MAX_INSTRUCTIONS)
-    output_modalities: list[Literal["text", "audio"]] | None = Field(None, min_length=1, max_length=1)
+    instructions: str | None = Field(default=None, max_length=MAX_INSTRUCTIONS)
+    output_modalities: list[Literal["text", "audio"]] | None = Field(default=None, min_length=1, max_length=1)
     audio: AudioSettings | None = None
     max_output_tokens: StrictInt | Literal["inf"] | None = None
-    tools: list | None = Field(None, max_length=0)
+    tools: list | None = Field(default=None, max_length=0)
 
 
 class SessionSettings(ResponseSettings):
@@ -266,7 +266,7 @@ class RealtimeSession:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             problem = ApiError(f"{where}: {first['msg']}.", param=where)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             problem = ApiError(str(error))
         except (WebSocketDisconnect, TimeoutError, ConnectionError, RuntimeError):
             raise
@@ -392,7 +392,10 @@ class RealtimeSession:
         self.buffer, self.buffer_start = [rest], self.appended - len(rest)
         await self._commit_speech(speech)
         if self.turn_detection is not None and self.turn_detection.create_response and self.response is None:
-            await self._respond(ResponseSettings())
+            try:
+                await self._respond(ResponseSettings())
+            except ApiError as error:  # busy: what was said waits, and what is said goes on being heard
+                await self.error(error)
 
     async def _commit(self, event: dict[str, Any]) -> None:
         speech = np.concatenate(self.buffer) if self.buffer else np.zeros(0, np.float32)
@@ -609,7 +612,7 @@ class RealtimeSession:
         words = "response.output_audio_transcript" if response.speaks else "response.output_text"
         where = {"response_id": response.id, "item_id": response.item.id, "output_index": 0, "content_index": 0}
         whole = {name: where[name] for name in ("response_id", "output_index")}
-        answer = response.answer
+        answer: Any = response.answer
         error: Exception | None = None
         try:
             await self.send("response.created", response=self._told_response(response, "in_progress"))
@@ -665,7 +668,7 @@ class RealtimeSession:
             self.turns.append((asked, item.id))
             self.turns = self.turns[-max(1, self.conversation.num_turns) :]
             self.last = response
-        is_complete = output is not None and bool(output.is_complete.all())
+        is_complete = answer is not None and answer.is_complete
         if error is not None:
             status, details = "failed", {"error": {"type": "server_error", "code": None, "message": str(error)}}
         elif response.reason is not None:

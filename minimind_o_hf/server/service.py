@@ -240,7 +240,7 @@ async def run_in_thread(function: Callable, *arguments) -> Any:
     """Runs what takes long in a thread; what is wrong with its input is the client's mistake."""
     try:
         return await asyncio.to_thread(function, *arguments)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise ApiError(str(error)) from error
 
 

@@ -68,6 +68,9 @@ class ServerSettings:
         for name in ("max_answers", "max_sessions", "max_body", "max_pixels", "max_new_tokens", "max_positions"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("max_waiting", "requests_per_minute"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         for name in ("max_audio_seconds", "max_voice_seconds", "session_seconds", "idle_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")

@@ -1,5 +1,6 @@
 """`/v1/audio/speech`, texts read aloud; `/v1/audio/voices`, the voices to read them in."""
 
+import asyncio
 import base64
 import datetime
 import json
@@ -37,7 +38,7 @@ class SpeechRequest(BaseModel):
     voice: str | dict[str, str] | None = None
     response_format: str = "mp3"
     stream_format: Literal["audio", "sse"] = "audio"
-    speed: float = Field(1.0, ge=0.25, le=4)
+    speed: float = Field(default=1.0, ge=0.25, le=4)
     instructions: str | None = None
     seed: int | None = None
 
@@ -60,7 +61,7 @@ def pieces(text: str, longest: int = PIECE_CHARACTERS) -> list[str]:
 def _prompt(service: Service, text: str, voice: Any, body: SpeechRequest) -> SinglePrompt:
     prompt = reading_prompt(text, "zh" if CHINESE.search(text) else "en")
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    inputs = service.processor.apply_chat_template(
+    inputs: Any = service.processor.apply_chat_template(
         [*messages, {"role": "user", "content": prompt}],
         add_generation_prompt=True,
         tokenize=True,
@@ -188,8 +189,8 @@ async def create_voice(
     async with service.cloning:  # it takes both cores
         voice = await run_in_thread(clone)
         try:
-            await run_in_thread(service.library.add, voice)
-        except ApiError as error:  # another client was faster
+            await asyncio.to_thread(service.library.add, voice)
+        except ValueError as error:  # another client was faster
             raise ApiError(f"There is a voice {name!r} already: give another name.", 409, "voice_exists") from error
     return JSONResponse(_described(name, voice, "library", service))
 
@@ -203,7 +204,10 @@ async def delete_voice(name: str, request: Request) -> dict[str, Any]:
         raise ApiError(f"There is no voice {name!r:.100}.", 404, "voice_not_found")
     if voices[name][1] != "library":
         raise ApiError(f"{name!r} belongs to the checkpoint and stays.", 403)
-    await run_in_thread(service.library.remove, name)
+    try:
+        await asyncio.to_thread(service.library.remove, name)
+    except ValueError as error:  # another client was faster
+        raise ApiError(f"There is no voice {name!r:.100}.", 404, "voice_not_found") from error
     return {"id": name, "object": "audio.voice.deleted", "deleted": True}
 
 

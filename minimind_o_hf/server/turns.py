@@ -32,12 +32,13 @@ SEARCH = 36864  # Length of its Fourier transform at 8 kHz; holds MAX_DELAY, TAI
 DISTORTION = 0.1  # Of the echo's power: what a loudspeaker adds that no filter can know.
 FADING = 0.7  # Of the echo's power, from block to block: 60 dB in 0.6 s.
 MATURE = 8 * MODEL_RATE // 10  # Audible sound after which the way from loudspeaker to microphone is known.
-KEEP_LEARNED = 0
-FOUND = 0.14  # Likeness from which on a place counts as found.
+FOUND = 0.14  # Likeness from which on a place counts as found, ...
+SUSPECTED = 0.09  # ... and, if it is the same twice running, as worth waiting for.
 AUDIBLE = 1e-4  # Mean square (-40 dB) of sound that would be heard, ...
 SILENT_AFTER = MODEL_RATE  # ... of which this much, not found, means that the client's echo is inaudible.
 LONGEST_AHEAD = 300 * MODEL_RATE  # More than this, sent and not yet played, is not kept (19 MB).
 HOLD_WINDOWS = 10  # 0.3 s of speech while it may be an echo that is not known yet: it is somebody, then.
+LONG_HOLD_WINDOWS = 20  # 0.6 s, while there is something to suspect.
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class _Resampler:
         self.before = np.zeros(self.length - self.down, dtype=np.float32)
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        if self.up == self.down:
+        if self.up == self.down or not len(samples):
             return samples
         sound = np.concatenate([self.before, samples])
         self.before = sound[len(samples) :]
@@ -263,10 +264,14 @@ class _Canceller:
 
         echo_bins = np.fft.rfft(FADE * np.concatenate([before["echo"], echo]))
         rest_bins = np.fft.rfft(FADE * np.concatenate([before["rest"], rest]))
+        # Little is known at first: all the echo may be left.
         distortion = max(DISTORTION, 2 * 0.95 ** (self.learned / BLOCK))
         self.left = np.maximum(FADING * self.left, 3 * unsure + distortion * np.abs(echo_bins) ** 2)
         left = np.convolve(np.pad(self.left, 2, mode="edge"), np.full(5, 0.2), "valid")
-        gain = np.sqrt(np.maximum(1 - left / (np.abs(rest_bins) ** 2 + 1e-12), 1e-5))
+        rest_power = np.abs(rest_bins) ** 2 + 1e-12
+        # Never more than was heard: where a loudspeaker has fallen silent, the filter adds what it should take away.
+        heard_power = np.abs(rest_bins + echo_bins) ** 2
+        gain = np.sqrt(np.minimum(np.maximum(1 - left / rest_power, 1e-5), heard_power / rest_power))
         clean = FADE * np.fft.irfft(gain * rest_bins)
         out = before["clean"] + clean[:BLOCK]
         if np.dot(sent, sent) > AUDIBLE * BLOCK:
@@ -303,6 +308,8 @@ class _Echo:
         self._unheard = 0  # Sent sound that should have been heard by now, and was not.
         self._judged = 0  # Up to where that was counted.
         self._over = 0  # Up to where it was heard for certain.
+        self._guess = 0  # The last search's best place, ...
+        self.is_suspected = False  # ... and whether it is likely, but not certain.
         self.is_refit = False  # Whether the last search found it where it was.
 
     # ---------------------------------------------------------------- what was sent
@@ -439,9 +446,11 @@ class _Echo:
         if not np.dot(sent, sent) > 0:
             return None
         offset, likeness = _correlate(self._heard, sent)
+        lag = self._now - HISTORY - (start + offset)
+        self.is_suspected = SUSPECTED <= likeness < FOUND and abs(lag - self._guess) < LEAD
+        self._guess = lag
         if likeness < FOUND:
             return None
-        lag = self._now - HISTORY - (start + offset)
         self.is_refit = self._lag is not None and abs(lag - self._lag) < LEAD
         self._lag, self._unheard = lag, 0
         least = [least for first, least in self._spans if first <= self._now - lag]
@@ -457,7 +466,7 @@ class _Echo:
         for _ in range(2):
             self._cancel(canceller, self._heard, start)
             canceller.restart()
-        canceller.learned = old.learned if old is not None and self.is_refit and KEEP_LEARNED else 0
+        canceller.learned = 0
         self._canceller = canceller
         return np.split(self._cancel(canceller, self._heard, start), HISTORY // WINDOW)
 
@@ -554,7 +563,9 @@ class TurnDetector:
         if self.is_speaking:
             return self._end_turn()
         # An echo that has not been found, or not been learned, must not interrupt itself; nor make it deaf.
-        needed = HOLD_WINDOWS if self._echo.is_uncertain else MIN_SPEECH_WINDOWS
+        needed = MIN_SPEECH_WINDOWS
+        if self._echo.is_uncertain:
+            needed = LONG_HOLD_WINDOWS if self._echo.is_suspected else HOLD_WINDOWS
         return self._begin_turn() if self._speech_windows >= needed else None
 
     def _is_worth_a_search(self) -> bool:

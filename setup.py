@@ -55,7 +55,7 @@ EXTRAS = {
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "pytest-cov>=5", WATERMARK],
 }
 # The server is tested with the clients that people use: OpenAI's package and a browser (Chromium is not in the wheel).
-EXTRAS["test"] += ["openai>=3", "playwright>=1.49", "psutil>=6", "soxr>=0.5"]
+EXTRAS["test"] += ["openai>=3", "playwright>=1.49", "httpx>=0.27", "psutil>=6", "soxr>=0.5"]
 EXTRAS["test"] += EXTRAS["evaluation"] + EXTRAS["onnx"] + EXTRAS["quantization"] + EXTRAS["server"]
 EXTRAS["dev"] = [requirement for extra in ("pipeline", "train", "quality", "test") for requirement in EXTRAS[extra]]
 

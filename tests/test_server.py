@@ -7,6 +7,7 @@ import http.client
 import io
 import ipaddress
 import json
+import re
 import socket
 import ssl
 import stat
@@ -842,3 +843,13 @@ def test_the_watermark(tmp_path):
         data = read_aloud(running.client(), text, response_format="pcm").read()
     samples = np.frombuffer(data, "<i2").astype(np.float32) / 32768
     assert Watermark().detect(samples, RATE) > 0.5
+
+
+def test_the_documented_program_runs(server, tmp_path, monkeypatch, capsys):
+    page = (DATA.parent.parent / "docs" / "server.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert "http://127.0.0.1:8000/v1" in program
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace("http://127.0.0.1:8000", server.url), {})
+    assert capsys.readouterr().out.strip() == "The pig lives on a farm."
+    assert soundfile.info(tmp_path / "farm.mp3").samplerate == RATE

@@ -37,6 +37,10 @@ REFUSED = re.compile(r"Failed to load resource|WebSocket connection to")
 # ---------------------------------------------------------------- browser, server, pages
 
 
+# A minute and a half: `.ci/run` runs them after the others.
+pytestmark = pytest.mark.slow
+
+
 def chromium_path(playwright: "Playwright") -> str | None:
     """Chromium of the system, or else playwright's own."""
     for name in ("chromium", "chromium-browser", "google-chrome"):

@@ -18,6 +18,7 @@ import websockets
 from serving import RATE, Server, base64_of, pcm16, picture_url, question, raw, serving, talking, wait_until
 
 pytestmark = [
+    pytest.mark.slow,
     # Answers that would go on, but must not be as long.
     pytest.mark.filterwarnings("ignore:Unfeasible length"),
     # What is dropped without being closed.

@@ -18,6 +18,7 @@ from transformers import set_seed
 from .chat import check, load, shown
 from .conversation import MAX_POSITIONS, Conversation
 from .processing import load_audio
+from .recordings import without_quiet_edges
 from .server.turns import SpeechStarted, TurnDetector, TurnSettings
 from .watermark import WatermarkStream
 
@@ -235,7 +236,7 @@ class _Answer:
         def on_output(outputs: Any) -> None:
             self.is_kept = True
 
-        said = [{"type": "audio", "audio": speech, "sampling_rate": RATE}]
+        said = [{"type": "audio", "audio": without_quiet_edges(speech, RATE), "sampling_rate": RATE}]
         own = {"max_latency": MAX_LATENCY, "cancel": self._cancel, "on_output": on_output}
         try:
             for event in conversation.stream(said, **settings, **own):

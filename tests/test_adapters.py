@@ -440,10 +440,10 @@ def test_adapters_switch_while_a_conversation_goes_on(adapters, wrapped):
     else:
         put_on(model, processor, [adapters / "calm", adapters / "talker"])
     settings = {"seed": 1, "max_new_tokens": 10}
-    conversation = Conversation(model, processor, voice="slt")
+    conversation = Conversation(model, processor, voice="slt", max_turns=8)
     for number, name in enumerate(("calm", "talker", "talker", "calm")):
         model.set_adapter(name)
-        cold = Conversation(model, processor, voice="slt")
+        cold = Conversation(model, processor, voice="slt", max_turns=8)
         cold._turns = list(conversation._turns)
         question = f"What is {number} plus one?"
         answer, anew = conversation.ask(question, **settings), cold.ask(question, **settings)
@@ -457,7 +457,7 @@ def test_a_conversation_notices_other_weights_under_the_same_name(adapters, way)
     processor = AutoProcessor.from_pretrained(default_checkpoint())
     model = nano()
     model.load_adapter(adapters / "talker", "x")
-    conversation = Conversation(model, processor)
+    conversation = Conversation(model, processor, max_turns=8)
     conversation.ask("Hello", seed=1, max_new_tokens=4)
     if way == "loaded anew":
         model.delete_adapter("x")
@@ -467,7 +467,7 @@ def test_a_conversation_notices_other_weights_under_the_same_name(adapters, way)
             model.model.layers[0].mlp.down_proj.base_layer.weight.mul_(1.5)
     else:
         model.model.layers[0].mlp.down_proj.set_scale("x", 3.0)
-    cold = Conversation(model, processor)
+    cold = Conversation(model, processor, max_turns=8)
     cold._turns = list(conversation._turns)
     settings = {"seed": 1, "max_new_tokens": 6}
     assert torch.equal(conversation.ask("Who are you?", **settings).audio, cold.ask("Who are you?", **settings).audio)

@@ -741,7 +741,7 @@ def test_errors_do_not_tell_internals(monkeypatch):
     with serving() as running:
 
         def fail(*args, **kwargs):
-            raise KeyError("secret of /home/somebody")
+            raise KeyError("secret of the server")
 
         monkeypatch.setattr(running.service, "voices", fail)
         response = httpx.get(f"{running.url}/v1/audio/voices")

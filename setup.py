@@ -83,7 +83,8 @@ setup(
     },
     package_dir={"minimind_o_hf.modeling": "modeling", "minimind_o_hf.processing": "processing"},
     install_requires=[
-        "transformers>=5.23,<6",
+        # 5.24 renamed `past_key_values` to `cache` in every output and signature that this package extends.
+        "transformers>=5.23,<5.24",
         TORCH,
         TORCHAUDIO,
         "accelerate>=1.1",

@@ -4,7 +4,7 @@ import copy
 import importlib
 import json
 import re
-import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -30,8 +30,9 @@ stages, words, make_corpus, make_speech, train_codec, build_data, train_model, o
         *("optimizers", "finish_model", "nano"),
     )
 )
+flite = importlib.import_module("flite")
 training_loop = importlib.import_module("training")
-needs_flite = pytest.mark.skipif(not shutil.which("flite"), reason="flite is not installed")
+needs_flite = pytest.mark.skipif(not flite.is_installed(), reason="flite is not installed")
 
 
 # The frame of the stages
@@ -286,6 +287,38 @@ def test_flite_speaks_and_finished_recordings_are_kept(tmp_path):
         assert row["seconds"] / 0.08 == pytest.approx(round(row["seconds"] / 0.08))
     path.write_bytes((tmp_path / spoken[0]["path"]).read_bytes())
     assert make_speech.speak_rows(rows, tmp_path / "answers", float("inf"))[1]["seconds"] == spoken[0]["seconds"]
+
+
+@needs_flite
+@pytest.mark.parametrize("voice", [*make_speech.VOICES, make_speech.HELD_OUT_VOICE])
+def test_the_library_says_what_the_program_says(voice, tmp_path):
+    text = "Tom likes fish. What does Tom like?"
+    subprocess.run(["flite", "-voice", voice, "-t", text, "-o", tmp_path / "said.wav"], check=True)
+    for _ in range(2):  # the noise of consonants starts anew
+        assert np.array_equal(flite.speak_text(text, voice), soundfile.read(tmp_path / "said.wav", dtype="float32")[0])
+
+
+@needs_flite
+@pytest.mark.parametrize("voice", make_speech.VOICES)
+def test_words_of_answers_begin_with_a_frame(voice):
+    text = "No, the tiger cannot fly."
+    spoken = flite.speak_stretched(text, voice, flite.stretches_on_grid(text, voice))
+    begins = np.array([begin for begin, _ in spoken.words] + [spoken.words[-1][1]])
+    frames = (begins - begins[0]) / 0.08
+    assert len(spoken.words) == 5
+    assert np.abs(frames - frames.round()).max() < 0.1  # flite's own frames are 5 ms
+    waveform = flite.speak_on_grid(text, voice)
+    assert waveform.dtype == np.float32
+    assert len(waveform) == (frames[-1].round() + 2) * 1280
+    assert not waveform[:960].any()
+    assert not waveform[-960:].any()
+    assert 0.02 < np.sqrt(np.mean(waveform**2)) < 0.2
+
+
+@needs_flite
+def test_there_has_to_be_something_to_say():
+    with pytest.raises(ValueError, match="nothing to say"):
+        flite.speak_on_grid("", "slt")
 
 
 # The codec

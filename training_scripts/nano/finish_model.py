@@ -34,7 +34,7 @@ from minimind_o_hf.packaged import HELD_OUT_VOICES
 RECIPE_VERSION = "1"
 INSTALLED = Path(minimind_o_hf.__file__).parent / "nano"
 STAGES = ("corpus", "speech", "pictures", "tokenizer", "codec", "speaker_encoder", "speech_encoder", "vision_encoder")
-STAGES += ("text", "data", "model", "lm", "t2a", "a2a_projector", "a2a", "i2t_projector", "i2t")
+STAGES += ("text", "data", "model", "lm", "t2a", "a2a_projector", "a2a", "i2t_projector", "understanding", "i2t")
 CONSENT = "A synthetic voice of flite (CMU), made of recordings that were published for this use."
 LICENCE = "flite's own: free use, modification and distribution with its notices"
 

@@ -9,38 +9,39 @@ fourth, kal16, speaks only what is evaluated. WORK/speech gets
     answers.jsonl, questions.jsonl    `text`, `voice`, `split`, `kind`, `seconds` and `path` of each recording
     answers/VOICE/, questions/VOICE/  FLAC, 16 kHz, mono
 
-Training answers are spoken in one voice each, then in a second and a third, those of the closed domain before the
-sentences to repeat; training questions in one voice each; what is evaluated, in all four. The default budgets are
-enough for all; smaller ones leave out the last. Every recording begins with 80 ms of silence, ends with 80 to 160 ms,
-lasts a whole number of 80 ms frames and is equally loud: so the same words give nearly the same codes.
+Answers are spoken with their words on the codec's grid (see `flite.py`), questions as flite speaks: the model has to
+understand those as they come. Training answers are spoken in one voice each, then in a second and a third, those of
+the closed domain before the sentences to repeat; training questions in one voice each; what is evaluated, in all
+four. The default budgets are enough for all; smaller ones leave out the last. Every recording begins with 80 ms of
+silence, ends with 80 to 160 ms and lasts a whole number of 80 ms frames: so the same words give nearly the same codes.
 """
 
+import functools
 import hashlib
 import itertools
-import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
+import flite
 import numpy as np
 import soundfile
+from flite import FRAME, RATE
 from stages import new_plot, read_lines, run_stage, save_plot, stage_arguments, write_lines
 
-from minimind_o_hf.data.building import speak
 from minimind_o_hf.files import new_file
 
-VERSION = 2
+VERSION = 3
 VOICES = ("slt", "rms", "awb")
 HELD_OUT_VOICE = "kal16"
 TTS = "flite -voice {voice} -t {{text}} -o {{out}}"
 
-RATE = 16000
-FRAME = RATE * 80 // 1000
 LOUDNESS = 0.08  # RMS of what is not silence
 SILENCE = 0.01  # of the peak
-AT_ONCE = 64
+AT_ONCE = 256
+PROCESSES = 2
 
 
 def trim(waveform: np.ndarray) -> np.ndarray:
@@ -79,19 +80,20 @@ def name_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def speak_to(path: Path, text: str, voice: str) -> float:
+def speak_to(path: Path, text: str, voice: str, on_grid: bool) -> float:
     """Speaks a text into a file, unless it is there; its length in seconds."""
     if not path.is_file():
-        spoken = speak(TTS.format(voice=voice), text)
+        waveform = flite.speak_on_grid(text, voice) if on_grid else trim(flite.speak_text(text, voice))
         with new_file(path) as temporary:
-            raw = temporary.with_suffix(".wav")
-            raw.write_bytes(spoken)
-            waveform, rate = soundfile.read(raw, dtype="float32")
-            raw.unlink()
-            if rate != RATE:
-                raise ValueError(f"flite's voice {voice!r} speaks at {rate} Hz, {RATE} Hz are expected.")
-            soundfile.write(temporary, trim(waveform), RATE, format="FLAC")
+            soundfile.write(temporary, waveform, RATE, format="FLAC")
     return soundfile.info(path).frames / RATE
+
+
+def speak_row(row: dict, folder: Path, on_grid: bool) -> dict:
+    """A row with its recording."""
+    path = folder / row["voice"] / f"{name_of(row['text'])}.flac"
+    length = speak_to(path, row["text"], row["voice"], on_grid)
+    return {**row, "seconds": length, "path": str(path.relative_to(folder.parent))}
 
 
 def shuffled(rows: Sequence[dict]) -> list[dict]:
@@ -144,22 +146,16 @@ def few(conversations: Sequence[dict]) -> list[dict]:
     return [row for (split, _), rows in groups.items() for row in rows[: 32 if split == "train" else 6]]
 
 
-def speak_rows(rows: Sequence[dict], folder: Path, minutes: float) -> list[dict]:
+def speak_rows(rows: Sequence[dict], folder: Path, minutes: float, on_grid: bool = False) -> list[dict]:
     """Speaks rows one after another until the budget is used up; what is there already is kept."""
     done: list[dict] = []
     seconds = 0.0
-
-    def one(row: dict) -> dict:
-        path = folder / row["voice"] / f"{name_of(row['text'])}.flac"
-        length = speak_to(path, row["text"], row["voice"])
-        return {**row, "seconds": length, "path": str(path.relative_to(folder.parent))}
-
-    # flite is a process of its own, so threads are enough.
-    with ThreadPoolExecutor(2) as pool:
+    speak = functools.partial(speak_row, folder=folder, on_grid=on_grid)
+    with get_context("spawn").Pool(PROCESSES) as pool:
         for start in range(0, len(rows), AT_ONCE):
             if seconds >= minutes * 60:
                 break
-            done += pool.map(one, rows[start : start + AT_ONCE])
+            done += pool.map(speak, rows[start : start + AT_ONCE])
             seconds = sum(row["seconds"] for row in done)
     return done
 
@@ -193,8 +189,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="of training answers (default: 1200, quick: 2)")
     parser.add_argument("--question-minutes", type=float, help="of training questions (default: 2000, quick: 1)")
     options = parser.parse_args(arguments)
-    if not shutil.which("flite"):
-        sys.exit("There is no program 'flite' to speak with: install it (Debian, Ubuntu: apt install flite).")
+    if not flite.is_installed():
+        sys.exit("There is no flite to speak with: install it (Debian, Ubuntu: apt install flite).")
     settings = {
         "version": VERSION,
         "minutes": options.minutes or (2 if options.quick else 1200),
@@ -214,8 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
         spoken = {}
         for name, ((train, evaluation), minutes) in plans.items():
             # Without a budget: all of it.
-            spoken[name] = speak_rows(evaluation, folder / name, float("inf"))
-            spoken[name] += speak_rows(train, folder / name, minutes)
+            spoken[name] = speak_rows(evaluation, folder / name, float("inf"), name == "answers")
+            spoken[name] += speak_rows(train, folder / name, minutes, name == "answers")
             write_lines(folder / f"{name}.jsonl", spoken[name])
         plot_lengths(spoken, folder / "figures.png")
         return {name: count_figures(rows) for name, rows in spoken.items()}

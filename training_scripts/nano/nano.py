@@ -60,7 +60,8 @@ STEPS = {
     "a2a_projector": Step("train_model", ("t2a", "speech_encoder"), ("a2a_projector",), alone=True),
     "a2a": Step("train_model", ("a2a_projector",), ("a2a",), alone=True),
     "i2t_projector": Step("train_model", ("a2a", "vision_encoder"), ("i2t_projector",), alone=True),
-    "i2t": Step("train_model", ("i2t_projector",), ("i2t",), alone=True),
+    "understanding": Step("train_model", ("i2t_projector",), ("understanding",), alone=True),
+    "i2t": Step("train_model", ("understanding",), ("i2t",), alone=True),
     "nano": Step("finish_model", ("i2t",), alone=True),
 }
 

@@ -100,6 +100,15 @@ class FastElu(nn.Module):
         return self.Function.apply(inputs)
 
 
+def make_fast(network: nn.Module) -> None:
+    """Puts [`FastElu`] in the place of every ELU in a list of layers."""
+    for layers in network.modules():
+        if isinstance(layers, nn.ModuleList):
+            for index, layer in enumerate(layers):
+                if isinstance(layer, nn.ELU):
+                    layers[index] = FastElu()
+
+
 def build_codec(seed: int) -> MimiModel:
     """An untrained codec that starts at a sensible loudness (transformers' start is 50 times too loud)."""
     torch.manual_seed(seed)
@@ -107,10 +116,7 @@ def build_codec(seed: int) -> MimiModel:
     for layer in [*codec.encoder.modules(), *codec.decoder.modules()]:
         if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
             start_convolution(layer)
-        if isinstance(layer, nn.ModuleList):
-            for index, child in enumerate(layer):
-                if isinstance(child, nn.ELU):
-                    layer[index] = FastElu()
+    make_fast(codec)
     for layer in codec.modules():
         if isinstance(layer, MimiResnetBlock):
             layer.block[-1].conv.weight.data.mul_(0.4)

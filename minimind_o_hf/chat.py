@@ -32,6 +32,26 @@ def shown(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how `chat` and `talk` answer."""
+    parser.add_argument("--system", metavar="S", help="system prompt")
+    parser.add_argument("--voice", metavar="NAME", help="voice of the checkpoint, or of your library, to answer in")
+    parser.add_argument("--watermark", action="store_true", help="put an inaudible watermark into the speech")
+    parser.add_argument("--seed", type=int, metavar="N", help="make the answers reproducible")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer, in steps of 80 ms")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
+
+
+def open_conversation(options: argparse.Namespace, model: Any, processor: MiniMindOProcessor) -> Conversation:
+    """A conversation as these options have it."""
+    # Room for the longest answer that is asked for, and for what it is asked after.
+    room = max(MAX_POSITIONS, (options.max_new_tokens or 0) + MAX_POSITIONS // 2)
+    return Conversation(model, processor, system=options.system, voice=options.voice, max_positions=room)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `minimind-o chat`."""
     parser.add_argument("--model", metavar="DIR", help="checkpoint directory or Hub id (default: nano, a toy)")
@@ -47,24 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--audio", metavar="FILE", action="append", default=[], help="speech to listen to (repeatable)"
     )
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="picture to look at (repeatable)")
-    parser.add_argument("--system", metavar="S", help="system prompt")
-    parser.add_argument("--voice", metavar="NAME", help="voice of the checkpoint, or of your library, to answer in")
     parser.add_argument(
         "--out",
         metavar="WAV",
         default="reply.wav",
         help="where speech is written (default: %(default)s; in a conversation reply-1.wav, reply-2.wav, ...)",
     )
-    parser.add_argument("--watermark", action="store_true", help="put an inaudible watermark into the speech")
     parser.add_argument("--text-only", action="store_true", help="answer in text alone")
     parser.add_argument("--think", action="store_true", help="let the model think before it answers")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    parser.add_argument("--seed", type=int, metavar="N", help="make the answers reproducible")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer, in steps of 80 ms")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
+    add_answer_arguments(parser)
 
 
 def load(
@@ -248,9 +260,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("A single answer has one adapter: give --adapter once.")
     model, processor = load(options.model, options.device, options.dtype, options.adapter, not is_conversation)
     check(options, processor)
-    # Room for the longest answer that is asked for, and for what it is asked after.
-    room = max(MAX_POSITIONS, (options.max_new_tokens or 0) + MAX_POSITIONS // 2)
-    conversation = Conversation(model, processor, system=options.system, voice=options.voice, max_positions=room)
+    conversation = open_conversation(options, model, processor)
     if is_conversation:
         converse(conversation, options)
         return

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from transformers import set_seed
 
-from .chat import check, load, shown
-from .conversation import MAX_POSITIONS, Conversation
+from .chat import add_answer_arguments, check, load, open_conversation, shown
+from .conversation import Conversation
 from .processing import load_audio
 from .recordings import without_quiet_edges
 from .server.turns import SpeechStarted, TurnDetector, TurnSettings
-from .watermark import WatermarkStream
+from .watermark import Watermark
 
 RATE = 24000  # Hz, of the microphone and of the codec
 BLOCK = 768  # Samples, 32 ms: what the voice activity detection reads at a time.
@@ -51,18 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="reply.wav",
         help="with --input, where speech is written, as reply-1.wav, reply-2.wav, ... (default: %(default)s)",
     )
-    parser.add_argument("--system", metavar="S", help="system prompt")
-    parser.add_argument("--voice", metavar="NAME", help="voice of the checkpoint, or of your library, to answer in")
     parser.add_argument(
         "--silence", type=int, default=500, metavar="MS", help="silence that ends a turn, in ms (default: %(default)s)"
     )
-    parser.add_argument("--watermark", action="store_true", help="put an inaudible watermark into the speech")
-    parser.add_argument("--seed", type=int, metavar="N", help="make the answers reproducible")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer, in steps of 80 ms")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the checkpoint's")
+    add_answer_arguments(parser)
     parser.set_defaults(text_only=False)
 
 
@@ -228,7 +219,7 @@ class _Answer:
         self.first_sound: float | None = None  # seconds
         self.is_made = self.is_kept = False
         self._cancel = threading.Event()
-        arguments = (conversation, speech, settings, WatermarkStream(RATE) if watermark else None)
+        arguments = (conversation, speech, settings, Watermark() if watermark else None)
         self._thread = threading.Thread(target=self._make, args=arguments, name="minimind-o-talk", daemon=True)
         self._thread.start()
 
@@ -239,15 +230,11 @@ class _Answer:
         said = [{"type": "audio", "audio": without_quiet_edges(speech, RATE), "sampling_rate": RATE}]
         own = {"max_latency": MAX_LATENCY, "cancel": self._cancel, "on_output": on_output}
         try:
-            for event in conversation.stream(said, **settings, **own):
+            events = conversation.stream(said, **settings, **own)
+            for event in events if mark is None else mark.apply_to_stream(events):
                 self.items.put(event.text)
-                sound = event.audio
-                if mark is not None and sound is not None:
-                    sound = mark.push(sound)
-                if mark is not None and event.is_last:
-                    sound = mark.flush() if sound is None else torch.cat([sound, mark.flush()])
-                if sound is not None and len(sound):
-                    self.items.put(sound.numpy())
+                if event.audio is not None and len(event.audio):
+                    self.items.put(event.audio.numpy())
         except Exception as error:  # the listening thread tells it
             self.items.put(error)
         self.items.put(None)
@@ -419,8 +406,7 @@ def run(options: argparse.Namespace) -> None:
     devices = None if recordings else (DeviceMicrophone(), DeviceLoudspeaker())
     model, processor = load(options.model, options.device, options.dtype, options.adapter)
     check(options, processor)
-    room = max(MAX_POSITIONS, (options.max_new_tokens or 0) + MAX_POSITIONS // 2)
-    conversation = Conversation(model, processor, system=options.system, voice=options.voice, max_positions=room)
+    conversation = open_conversation(options, model, processor)
     settings = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
 
     if devices is not None:

@@ -156,6 +156,13 @@ class WatermarkStream:
         self._reset()
         return rest
 
+    def mark_event(self, event: MiniMindOStreamEvent) -> MiniMindOStreamEvent:
+        """The next event of an answer with marked sound; the last one has the rest."""
+        pieces = [] if event.audio is None else [self.push(event.audio)]
+        pieces += [self.flush()] if event.is_last else []
+        sound = torch.cat(pieces) if pieces else None
+        return replace(event, audio=sound if sound is not None and len(sound) else None)
+
     def _mark(self, samples: torch.Tensor) -> torch.Tensor:
         """The next block of samples `(8 * hop,)`, given it and the samples its last frame reaches into."""
         size, width = BLOCK * self._hop, len(self._window)
@@ -219,11 +226,7 @@ class Watermark:
         rows: dict[int, WatermarkStream] = {}
         try:
             for event in events:
-                row = rows.setdefault(event.row, WatermarkStream())
-                pieces = [] if event.audio is None else [row.push(event.audio)]
-                pieces += [row.flush()] if event.is_last else []
-                sound = torch.cat(pieces) if pieces else None
-                yield replace(event, audio=sound if sound is not None and len(sound) else None)
+                yield rows.setdefault(event.row, WatermarkStream()).mark_event(event)
         finally:
             # Whoever reads no further ends the answer, as without the watermark.
             if isinstance(events, Generator):

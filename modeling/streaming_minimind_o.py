@@ -39,10 +39,10 @@ class MiniMindOStreamEvent:
     is_last: bool = False
 
 
-class _StopOn(StoppingCriteria):
+class StopOn(StoppingCriteria):
     """Ends every row once an event is set."""
 
-    def __init__(self, event: "_EitherEvent"):
+    def __init__(self, event: "threading.Event | _EitherEvent"):
         self.event = event
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
@@ -341,7 +341,7 @@ def stream_answers(
 def _stream(model, streamer, cancel, on_output, inputs):
     # A generator of its own, so that what is wrong is said when it is called and not when it is first read.
     own_stop = threading.Event()
-    stop = _StopOn(_EitherEvent(cancel, own_stop))
+    stop = StopOn(_EitherEvent(cancel, own_stop))
     criteria = StoppingCriteriaList([*(inputs.pop("stopping_criteria", None) or []), stop])
 
     def run():
@@ -407,6 +407,7 @@ def stream_answers_async(
 __all__ = [
     "MiniMindOIteratorStreamer",
     "MiniMindOStreamEvent",
+    "StopOn",
     "iterate_async",
     "stream_answers",
     "stream_answers_async",

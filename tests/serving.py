@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 import openai
+import pytest
 import soundfile
 import soxr
 import torch
@@ -245,6 +246,13 @@ async def talking(server: Server, manual: bool = False) -> AsyncIterator[Talk]:
             await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
             await talk.until("session.updated")
         yield talk
+
+
+def make_endless(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many answers are short: these go on for 25 s, until they are stopped."""
+    config = server.service.model.generation_config
+    for name, value in {"min_new_tokens": 300, "max_new_tokens": 310}.items():
+        monkeypatch.setattr(config, name, value)
 
 
 def raw(server: Server, **options: Any) -> Any:

@@ -1,17 +1,29 @@
 """The realtime protocol with OpenAI's own client: typed and spoken turns, interruptions, and what is refused."""
 
 import asyncio
+import base64
 import json
 import time
+from collections import Counter
 
 import numpy as np
 import openai.types.realtime as types
 import pytest
-from serving import DATA, RATE, base64_of, check_event, pcm16, picture_url, question, raw, serving, talking
+from serving import (
+    DATA,
+    RATE,
+    base64_of,
+    check_event,
+    make_endless,
+    pcm16,
+    picture_url,
+    question,
+    raw,
+    serving,
+    talking,
+)
 
 LION = "Where does a lion live?"
-# Many answers are short: this one goes on until it is stopped.
-ENDLESS = {"min_new_tokens": 300, "max_new_tokens": 310}
 CHUNK = RATE // 10  # samples, as clients send them
 
 
@@ -24,9 +36,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def endless(server, monkeypatch):
     """Answers that go on for 25 s."""
-    config = server.service.model.generation_config
-    for name, value in ENDLESS.items():
-        monkeypatch.setattr(config, name, value)
+    make_endless(server, monkeypatch)
 
 
 def run(server, conversation, manual=True):
@@ -304,6 +314,27 @@ def test_no_answer_by_itself_where_none_is_wanted(server):
     run(server, hold, manual=False)
 
 
+def test_settings_may_be_repeated_while_somebody_speaks(server):
+    """As the Agents SDK does to change the instructions."""
+
+    async def hold(talk):
+        sound = np.concatenate([silence(0.5), question(), silence(1.2)])
+        await push(talk, sound[: RATE * 3 // 2])
+        started = await talk.until("input_audio_buffer.speech_started")
+        turns = {"type": "server_vad", "threshold": 0.5, "interrupt_response": True}
+        update = {"type": "realtime", "instructions": "Be brief.", "audio": {"input": {"turn_detection": turns}}}
+        await talk.connection.session.update(session=update)
+        await talk.until("session.updated")
+        await push(talk, sound[RATE * 3 // 2 :])
+        stopped = await talk.until("input_audio_buffer.speech_stopped")
+        assert stopped.item_id == started.item_id
+        assert stopped.audio_end_ms - started.audio_start_ms > 1500
+        await talk.until("response.done")
+        assert [event.type for event in talk.events].count("input_audio_buffer.speech_started") == 1
+
+    run(server, hold, manual=False)
+
+
 # ---------------------------------------------------------------- interruptions
 
 
@@ -404,6 +435,23 @@ def test_truncating_an_answer_that_is_being_made_ends_it(server, endless):
         await talk.connection.conversation.item.truncate(item_id=delta.item_id, content_index=0, audio_end_ms=80)
         assert (await talk.until("response.done")).response.status == "cancelled"
         await talk.until("conversation.item.truncated")
+
+    run(server, hold)
+
+
+def test_an_answer_is_truncated_and_cancelled_in_one_go(server, endless):
+    """As the Agents SDK interrupts where it does not leave that to the server."""
+
+    async def hold(talk):
+        await talk.say("Tell me a story.")
+        await talk.connection.response.create()
+        delta = await talk.until("response.output_audio.delta")
+        await talk.connection.conversation.item.truncate(item_id=delta.item_id, content_index=0, audio_end_ms=80)
+        await talk.connection.response.cancel()
+        await talk.connection.response.cancel(event_id="once more")
+        done, truncated, error = "response.done", "conversation.item.truncated", "error"
+        assert (await talk.error()).event_id == "once more"
+        assert [event.type for event in talk.events[-3:]] == [done, truncated, error]
 
     run(server, hold)
 
@@ -581,32 +629,88 @@ def test_a_busy_server_tells_the_session_and_it_goes_on(endless):
 # ---------------------------------------------------------------- a recorded session
 
 
-def test_a_recorded_session_is_replayed(server):
+class Heard:
+    """
+    What a replayed client is told.
+
+    Attributes:
+        kinds (list of `str`): Types of events; of the deltas of an answer the first alone, with a star.
+        items (list of `str`): Ids of the conversation's items.
+        milliseconds (`Counter`): Of sound, of each answer's item.
+    """
+
+    def __init__(self, socket):
+        self.socket = socket
+        self.kinds, self.items, self.milliseconds = [], [], Counter()
+        self._deltas = set()
+
+    async def next(self):
+        event = check_event(await self.socket.recv())
+        if event.type == "conversation.item.added":
+            self.items.append(event.item.id)
+        elif event.type == "response.output_audio.delta":
+            self.milliseconds[event.item_id] += len(base64.b64decode(event.delta)) * 1000 / (2 * RATE)
+        if not event.type.endswith(".delta"):
+            self.kinds.append(event.type)
+        elif (event.type, event.response_id) not in self._deltas:
+            self._deltas.add((event.type, event.response_id))
+            self.kinds.append(f"{event.type}*")
+
+    async def came(self, expected):
+        """Waits until all of that has come; `False` if the server has not heard yet that somebody speaks, or stops."""
+        while len(self.kinds) < len(expected):
+            depends_on_sound = expected[len(self.kinds)].startswith("input_audio_buffer.speech_")
+            try:
+                await asyncio.wait_for(self.next(), 1 if depends_on_sound else 30)
+            except TimeoutError:
+                if not depends_on_sound:
+                    raise
+                return False
+        assert self.kinds[: len(expected)] == expected
+        return True
+
+
+def test_a_recorded_session_is_replayed(server, monkeypatch):
+    """
+    The session was held by OpenAI's Agents SDK for Python (`openai-agents` 0.24.0, `agents.realtime`) with this server
+    and recorded between the two: each line is a message of the client, with the types of the events that came before
+    its next one. It asks typed and spoken questions, speaks into an answer that is made but not yet heard to its end,
+    stops two that are being made, shows a picture, and takes its turns itself in the end. Sound, the picture and the
+    server's ids are filled in here.
+    """
     lines = [json.loads(line) for line in (DATA / "realtime_session.jsonl").read_text(encoding="utf-8").splitlines()]
-    fill = {"QUESTION": base64_of(pcm16(question())), "PICTURE": picture_url()}
+    microphone = np.concatenate([silence(0.5), question(), silence(1.2)])
+    chunks = [pcm16(microphone[start : start + CHUNK]) for start in range(0, len(microphone), CHUNK)]
+    fill = {"PICTURE": picture_url(), **{f"MICROPHONE {n}": base64_of(chunk) for n, chunk in enumerate(chunks)}}
+
+    async def send(heard, message):
+        text = json.dumps(message)
+        for name, value in {**fill, **{f"ITEM {n}": item for n, item in enumerate(heard.items)}}.items():
+            text = text.replace(f'"{name}"', json.dumps(value))
+        message = json.loads(text)
+        if message["type"] == "conversation.item.create":
+            # The client stopped its stories while they were made: a fast machine must not be done before that.
+            monkeypatch.undo()
+            if "story" in text:
+                make_endless(server, monkeypatch)
+        elif message["type"] == "conversation.item.truncate":
+            while heard.milliseconds[message["item_id"]] < message["audio_end_ms"]:
+                await asyncio.wait_for(heard.next(), 30)
+        await heard.socket.send(text)
 
     async def hold():
-        async with raw(server, subprotocols=["realtime"]) as socket:
-            for line in lines:
-                if line["send"] is not None:
-                    text = json.dumps(line["send"])
-                    for name, value in fill.items():
-                        text = text.replace(f'"{name}"', json.dumps(value))
-                    await socket.send(text)
-                found = await answered(socket, line["expect"])
-                assert found == line["expect"], line["send"]
+        async with raw(server) as socket:
+            heard, expected = Heard(socket), []
+            for number, line in enumerate(lines):
+                while not await heard.came(expected):
+                    # Another machine may hear speech a moment later: the client goes on speaking until it does.
+                    later = (line for line in lines[number:] if "send" in line)
+                    await send(heard, next(line for line in later if "audio" in line["send"]).pop("send"))
+                if "send" in line:
+                    await send(heard, line["send"])
+                expected += line["expect"]
+            assert await heard.came(expected)
+            assert heard.kinds == expected
 
     asyncio.run(hold())
-
-
-async def answered(socket, expected):
-    """Types of the events that come, until as many as are expected; of deltas one, with a star."""
-    found = []
-    while len(found) < len(expected) or (found and found[-1].endswith("*") and found[-1] != expected[-1]):
-        name = check_event(await asyncio.wait_for(socket.recv(), 30)).type
-        if name.endswith(".delta"):
-            if f"{name}*" not in found:
-                found.append(f"{name}*")
-        else:
-            found.append(name)
-    return found
+    server.wait_until_quiet()

@@ -15,7 +15,19 @@ import openai
 import psutil
 import pytest
 import websockets
-from serving import RATE, Server, base64_of, pcm16, picture_url, question, raw, serving, talking, wait_until
+from serving import (
+    RATE,
+    Server,
+    base64_of,
+    make_endless,
+    pcm16,
+    picture_url,
+    question,
+    raw,
+    serving,
+    talking,
+    wait_until,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +36,6 @@ pytestmark = [
     # What is dropped without being closed.
     pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
 ]
-LONG = {"min_new_tokens": 300, "max_new_tokens": 310}
 MOST_GROWTH = 20 * 2**20  # bytes
 TYPED = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Tell me a story."}]}
 MANUAL = {"type": "session.update", "session": {"type": "realtime", "audio": {"input": {"turn_detection": None}}}}
@@ -41,9 +52,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def endless(server, monkeypatch):
     """Answers that go on for 25 s."""
-    config = server.service.model.generation_config
-    for name, value in LONG.items():
-        monkeypatch.setattr(config, name, value)
+    make_endless(server, monkeypatch)
 
 
 async def one_turn(server, seconds=30.0):

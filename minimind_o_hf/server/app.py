@@ -98,8 +98,7 @@ class Guard:
             raise ApiError("Show the server's API key (Authorization: Bearer KEY).", 401, "invalid_api_key")
         client = scope.get("client") or ("", 0)
         if wait := self.service.limit.take(client[0]):
-            error = ApiError(f"Too many requests: wait {wait:.0f} s.", 429, "rate_limit_exceeded")
-            raise error
+            raise ApiError(f"Too many requests: wait {wait:.0f} s.", 429, "rate_limit_exceeded")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > settings.max_body:
             raise _too_large(settings.max_body)

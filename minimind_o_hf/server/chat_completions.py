@@ -144,29 +144,12 @@ def prepare(request: ChatRequest, service: Service) -> SinglePrompt:
     """The request as what the engine takes."""
     speaks = "audio" in (request.modalities or ())
     messages = _messages(request, service)
-    inputs: Any = service.processor.apply_chat_template(
+    return service.prompt(
         messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        sanitize_control_tokens=True,
-        voice=service.voice(request.audio.voice if request.audio else None) if speaks else None,
-    )
-    room = service.settings.max_positions - inputs["input_ids"].shape[1]
-    if room < 1:
-        raise ApiError(
-            f"The messages take {inputs['input_ids'].shape[1]} positions, more than {service.settings.max_positions}:"
-            " shorten them.",
-            code="context_length_exceeded",
-        )
-    wanted = request.max_completion_tokens or request.max_tokens or service.max_new_tokens
-    return SinglePrompt(
-        {
-            **inputs.to(service.model.device),
-            **sampling(request, service),
-            "max_new_tokens": min(wanted, room, service.max_new_tokens),
-            "generation_mode": None if speaks else "text",
-        }
+        service.voice(request.audio.voice if request.audio else None) if speaks else None,
+        request.max_completion_tokens or request.max_tokens,
+        generation_mode=None if speaks else "text",
+        **sampling(request, service),
     )
 
 

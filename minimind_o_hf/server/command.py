@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -163,7 +164,7 @@ def run(options: argparse.Namespace) -> None:
     listener = _listen(settings)
     settings_port = listener.getsockname()[1]
     if settings_port != settings.port:
-        settings = ServerSettings(**{**vars(settings), "port": settings_port})
+        settings = replace(settings, port=settings_port)
     _introduce(settings, "https" if certificate else "http")
     config = uvicorn.Config(
         app,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any, Protocol
 
 import torch
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from minimind_o_hf.modeling import (
     MiniMindOCache,
@@ -23,6 +23,7 @@ from minimind_o_hf.modeling import (
     MiniMindOSlotCache,
     MiniMindOStreamEvent,
 )
+from minimind_o_hf.modeling.streaming_minimind_o import StopOn
 from minimind_o_hf.processing import MiniMindOProcessor
 
 
@@ -57,14 +58,6 @@ class SinglePrompt:
 
     def __exit__(self, *error: object) -> None:
         pass
-
-
-class _Cancelled(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> Any:
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 class Answer:
@@ -157,7 +150,6 @@ class _Streamer(MiniMindOIteratorStreamer):
         super().__init__(engine.processor, max_latency)
         self._items: Any = self
         self._engine, self._answer = engine, answer
-        self._is_input = True
 
     def put(self, value: Any) -> None:
         """Takes items in the place of a queue, and tokens as a streamer."""
@@ -358,7 +350,7 @@ class Engine:
         try:
             inputs = answer._pending.__enter__()
             is_open = True
-            stops = StoppingCriteriaList([*inputs.pop("stopping_criteria", []), _Cancelled(answer._cancelled)])
+            stops = StoppingCriteriaList([*inputs.pop("stopping_criteria", []), StopOn(answer._cancelled)])
             cache = inputs.setdefault("past_key_values", MiniMindOCache(self.model.config))
             settings = {"stopping_criteria": stops, "return_dict_in_generate": True}
             decoding = self.model.start_decoding(answer._streamer, **{**inputs, **settings})

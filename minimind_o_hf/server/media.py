@@ -199,6 +199,7 @@ def encode_whole(samples: torch.Tensor, format: str, sampling_rate: int, model: 
 
 __all__ = [
     "FORMATS",
+    "LISTENING_RATE",
     "SoundEncoder",
     "decode_base64",
     "encode_whole",

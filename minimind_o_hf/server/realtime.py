@@ -28,7 +28,7 @@ router = APIRouter()
 logger = logging.getLogger("minimind_o_hf.server")
 
 RATE = 24000  # Hz, both ways
-BYTES_A_MS = RATE * 2 / 1000
+PCM = {"type": "audio/pcm", "rate": RATE}
 SHORTEST_TURN = 0.1  # seconds
 MAX_LATENCY = 1.28  # seconds: an interrupted answer has not been decoded much further than it was heard
 SEND_SECONDS = 20.0  # a client that takes nothing for so long is gone
@@ -127,6 +127,7 @@ class _Response:
     id: str = field(default_factory=lambda: new_id("resp"))
     answer: Answer | None = None
     reason: str | None = None  # why it was cancelled
+    is_truncated: bool = False  # by the client, which has not cancelled it as well
     text: str = ""
     sent: float = 0.0  # seconds of sound
     first_sent: float | None = None  # when
@@ -281,7 +282,6 @@ class RealtimeSession:
 
     def told(self) -> dict[str, Any]:
         """The session's settings, as events show them."""
-        pcm = {"type": "audio/pcm", "rate": RATE}
         turns = None if self.turn_detection is None else self.turn_detection.model_dump()
         voice = self.service.voice_name(self.voice)
         return {
@@ -292,8 +292,8 @@ class RealtimeSession:
             "output_modalities": ["audio" if self.speaks else "text"],
             "instructions": self.instructions,
             "audio": {
-                "input": {"format": pcm, "turn_detection": turns, "transcription": None, "noise_reduction": None},
-                "output": {"format": pcm, "voice": voice, "speed": 1.0},
+                "input": {"format": PCM, "turn_detection": turns, "transcription": None, "noise_reduction": None},
+                "output": {"format": PCM, "voice": voice, "speed": 1.0},
             },
             "max_output_tokens": self.max_output_tokens,
             "tools": [],
@@ -324,6 +324,8 @@ class RealtimeSession:
         await self.send("session.updated", session=self.told())
 
     def _listen_as(self, turns: TurnDetection | None) -> None:
+        if turns == self.turn_detection:
+            return  # clients repeat all settings to change one: who is speaking goes on being heard
         self.turn_detection, self.turn_start = turns, None
         if turns is not None:
             settings = TurnSettings(turns.threshold, turns.prefix_padding_ms, turns.silence_duration_ms)
@@ -535,11 +537,12 @@ class RealtimeSession:
                 f"The answer has {self.last.sent * 1000:.0f} ms of sound, less than {end}.", param="audio_end_ms"
             )
         self._cut(end / 1000)
+        self.last.is_truncated = True
         await self.send("conversation.item.truncated", item_id=item.id, content_index=0, audio_end_ms=end)
 
     def _cut(self, heard: float) -> None:
         """Keeps of the last answer what was heard of it."""
-        last, self.last = self.last, self.last
+        last = self.last
         if last is None or self.conversation.num_turns == 0 or heard >= last.sent:
             return
         kept = self.conversation.cut(heard)
@@ -590,7 +593,6 @@ class RealtimeSession:
 
     def _told_response(self, response: _Response, status: str, **fields: Any) -> dict[str, Any]:
         is_done = status != "in_progress"
-        pcm = {"type": "audio/pcm", "rate": RATE}
         return {
             "id": response.id,
             "object": "realtime.response",
@@ -599,7 +601,7 @@ class RealtimeSession:
             "output": [response.item.told()] if is_done else [],
             "conversation_id": f"conv_{self.id.partition('_')[2]}",
             "output_modalities": ["audio" if response.speaks else "text"],
-            "audio": {"output": {"format": pcm, "voice": self.service.voice_name(self.voice)}},
+            "audio": {"output": {"format": PCM, "voice": self.service.voice_name(self.voice)}},
             "max_output_tokens": self.max_output_tokens,
             "metadata": None,
             "usage": None,
@@ -713,7 +715,11 @@ class RealtimeSession:
         return True
 
     async def _cancel_response(self, event: dict[str, Any]) -> None:
-        named = event.get("response_id")
+        named, last = event.get("response_id"), self.last
+        if self.response is None and last is not None and last.is_truncated and named in (None, last.id):
+            # Who interrupts an answer may truncate and cancel it in one go: the former has ended it already.
+            last.is_truncated = False
+            return
         if self.response is None or (named is not None and named != self.response.id):
             raise ApiError("There is no such answer to cancel.", code="response_cancel_not_active")
         await self._cancel("client_cancelled")

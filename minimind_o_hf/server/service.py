@@ -16,7 +16,7 @@ from minimind_o_hf.processing import MiniMindOProcessor
 from minimind_o_hf.voices import Voice, VoiceLibrary
 from minimind_o_hf.watermark import WatermarkStream
 
-from .engine import Answer, Engine, Pending
+from .engine import Answer, Engine, Pending, SinglePrompt
 from .settings import ServerSettings
 
 FIRST_SOUND_BUCKETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
@@ -165,8 +165,7 @@ class Service:
         Raises:
             ApiError: There is none of that name.
         """
-        name = name.get("id") if isinstance(name, dict) else name
-        name = self.settings.voice or next(iter(self.processor.voices), None) if name is None else name
+        name = self.voice_name(name)
         if name is None:
             return None
         if isinstance(name, str) and name in self.processor.voices:
@@ -181,7 +180,7 @@ class Service:
     def voice_name(self, name: Any) -> str | None:
         """The name of what `voice` returns."""
         name = name.get("id") if isinstance(name, dict) else name
-        return name or self.settings.voice or next(iter(self.processor.voices), None)
+        return self.settings.voice or next(iter(self.processor.voices), None) if name is None else name
 
     # ---------------------------------------------------------------- answers
 
@@ -195,6 +194,38 @@ class Service:
             max_positions=settings.max_positions,
             max_turns=settings.max_turns,
         )
+
+    def prompt(
+        self, messages: list[dict[str, Any]], voice: Any, longest: int | None = None, **settings: Any
+    ) -> SinglePrompt:
+        """
+        Messages without a conversation around them, as what the engine takes.
+
+        Args:
+            messages (`list[dict]`): As the processor takes them.
+            voice ([`Voice`], *optional*): To answer in.
+            longest (`int`, *optional*): Longest answer, in steps; the server's longest by default.
+            **settings: As [`~MiniMindOGenerationMixin.generate`].
+
+        Raises:
+            ApiError: The messages leave no room for an answer.
+        """
+        inputs: Any = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            sanitize_control_tokens=True,
+            voice=voice,
+        )
+        length, most = inputs["input_ids"].shape[1], self.settings.max_positions
+        if length >= most:
+            raise ApiError(
+                f"The messages take {length} positions, more than {most}: shorten them.",
+                code="context_length_exceeded",
+            )
+        longest = min(longest or self.max_new_tokens, most - length, self.max_new_tokens)
+        return SinglePrompt({**inputs.to(self.model.device), **settings, "max_new_tokens": longest})
 
     def submit(self, pending: Pending, max_latency: float = 2.56, client: Hashable = None) -> Answer:
         """As the engine's, and counts what is refused."""
@@ -212,13 +243,9 @@ class Service:
         mark = WatermarkStream(self.sampling_rate) if self.settings.watermark else None
         try:
             async for event in answer:
-                sound = event.audio
-                if mark is not None and sound is not None:
-                    sound = await asyncio.to_thread(mark.push, sound)
-                if mark is not None and event.is_last:
-                    rest = await asyncio.to_thread(mark.flush)
-                    sound = rest if sound is None else torch.cat([sound, rest])
-                yield event.text, sound if sound is not None and len(sound) else None
+                if mark is not None:
+                    event = await asyncio.to_thread(mark.mark_event, event)
+                yield event.text, event.audio if event.audio is not None and len(event.audio) else None
         finally:
             answer.cancel()
 

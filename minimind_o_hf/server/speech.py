@@ -17,7 +17,7 @@ from minimind_o_hf.processing.voices_minimind_o import check_voice_name
 from minimind_o_hf.voices import Voice
 
 from .engine import SinglePrompt
-from .media import FORMATS, SoundEncoder, read_speech
+from .media import FORMATS, LISTENING_RATE, SoundEncoder, read_speech
 from .service import ApiError, Service, run_in_thread
 
 router = APIRouter()
@@ -61,21 +61,8 @@ def pieces(text: str, longest: int = PIECE_CHARACTERS) -> list[str]:
 def _prompt(service: Service, text: str, voice: Any, body: SpeechRequest) -> SinglePrompt:
     prompt = reading_prompt(text, "zh" if CHINESE.search(text) else "en")
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    inputs: Any = service.processor.apply_chat_template(
-        [*messages, {"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        sanitize_control_tokens=True,
-        voice=voice,
-    )
-    settings = service.settings
-    room = settings.max_positions - inputs["input_ids"].shape[1]
-    if room < 1:
-        raise ApiError("The text and its instructions are too long.", code="context_length_exceeded")
     seeds = None if body.seed is None else [body.seed % 2**63]
-    length = min(service.max_new_tokens, room)
-    return SinglePrompt({**inputs.to(service.model.device), "seeds": seeds, "max_new_tokens": length})
+    return service.prompt([*messages, {"role": "user", "content": prompt}], voice, seeds=seeds)
 
 
 @router.post("/v1/audio/speech")
@@ -179,7 +166,7 @@ async def create_voice(
             consent,
             processor=service.processor,
             speaker_encoder=encoder,
-            sampling_rate=16000,
+            sampling_rate=LISTENING_RATE,
             name=name,
             language=language,
             description=description,

@@ -1,4 +1,4 @@
-"""flite as a library: what the program says, in a third of the time, and answers whose words begin on the codec's grid.
+"""flite as a library: what the program says, in a third of the time, and answers with words on the codec's grid.
 
 A frame of the codec is 80 ms long, and in plain speech a word begins anywhere in one: so the same word gives other
 codes each time, and a small model has to learn them all. [`speak_on_grid`] stretches each word a little (flite's own
@@ -73,7 +73,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _begin_noise() -> None:
-    """Consonants are made of the C library's random numbers: as in a new process, so that a text is said in one way."""
+    """Starts the C library's random numbers, of which consonants are made: a text is said in one way."""
     ctypes.CDLL(None).srand(1)
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForMultimodalLM, AutoProcessor, MimiModel
 
-from minimind_o_hf.trainer import MiniMindOTrainingArguments
+from minimind_o_hf import default_checkpoint
+from minimind_o_hf.trainer import MiniMindOTrainingArguments, set_trainable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_scripts" / "nano"))
 stages, words, make_corpus, make_speech, train_codec, build_data, train_model, optimizers, finish_model, nano = (
@@ -30,7 +31,7 @@ stages, words, make_corpus, make_speech, train_codec, build_data, train_model, o
         *("optimizers", "finish_model", "nano"),
     )
 )
-flite = importlib.import_module("flite")
+flite, train_vision_encoder = importlib.import_module("flite"), importlib.import_module("train_vision_encoder")
 training_loop = importlib.import_module("training")
 needs_flite = pytest.mark.skipif(not flite.is_installed(), reason="flite is not installed")
 
@@ -602,6 +603,41 @@ def test_files_of_rows_hold_the_columns_of_the_schema_alone(spoken_row, tmp_path
     assert build_data.write(tmp_path / "rows.parquet", [spoken_row]) == 1
     table = parquet.read_table(tmp_path / "rows.parquet")
     assert table.column_names == ["conversations", "answer_audios", "ref_audios", "spk_emb"]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    path = default_checkpoint()
+    return AutoModelForMultimodalLM.from_pretrained(path), AutoProcessor.from_pretrained(path)
+
+
+def test_layers_above_the_bridge_are_trained_alone(shipped):
+    model = copy.deepcopy(shipped[0])
+    set_trainable(model, "thinker")
+    train_model.freeze_up_to_bridge(model)
+    trained = {name.rsplit(".", 1)[0] for name, weight in model.named_parameters() if weight.requires_grad}
+    layers = {name.split(".")[2] for name in trained if ".layers." in name}
+    assert layers == {"2", "3"}
+    assert {name for name in trained if ".layers." not in name} == {"model.norm"}
+
+
+def test_pictures_begin_as_words(shipped):
+    model, processor = copy.deepcopy(shipped[0]), shipped[1]
+    model.vision_proj.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
+    assert train_model.start_vision_projector(model, processor, 96) < 0.5
+    scene = [{"shape": "star", "colour": "green", "where": "top"}]
+    pixels, labels = train_vision_encoder.draw_batch([scene], np.random.default_rng(1))
+    with torch.no_grad():
+        tokens = model.vision_proj(model.vision_tower(pixels).last_hidden_state)[labels["patch"][0] > 0]
+    embeddings = model.get_input_embeddings().weight
+
+    def likeness(*words):
+        ids = [processor.tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words]
+        return torch.cosine_similarity(tokens, embeddings[ids].sum(0)).mean()
+
+    assert likeness("star", "green", "top") > 0.7
+    for other in (("heart", "green", "top"), ("star", "red", "top"), ("star", "green", "bottom")):
+        assert likeness(*other) < likeness("star", "green", "top") - 0.01
 
 
 def test_every_step_comes_after_what_it_needs():

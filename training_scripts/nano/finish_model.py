@@ -34,7 +34,19 @@ from minimind_o_hf.packaged import HELD_OUT_VOICES
 RECIPE_VERSION = "1"
 INSTALLED = Path(minimind_o_hf.__file__).parent / "nano"
 STAGES = ("corpus", "speech", "pictures", "tokenizer", "codec", "speaker_encoder", "speech_encoder", "vision_encoder")
-STAGES += ("text", "data", "model", "lm", "t2a", "a2a_projector", "a2a", "i2t_projector", "understanding", "i2t")
+STAGES += (
+    "text",
+    "data",
+    "model",
+    "lm",
+    "t2a",
+    "a2a_projector",
+    "a2a",
+    "i2t_projector",
+    "understanding",
+    "i2t",
+    "answers",
+)
 CONSENT = "A synthetic voice of flite (CMU), made of recordings that were published for this use."
 LICENCE = "flite's own: free use, modification and distribution with its notices"
 
@@ -150,7 +162,7 @@ def halve(folder: Path) -> None:
 
 def make_checkpoint(work: Path, folder: Path) -> dict[str, Any]:
     """Fills `folder`; returns its size and what the card says."""
-    source = work / "i2t" / "model"
+    source = work / "answers" / "model"
     model: Any = AutoModelForMultimodalLM.from_pretrained(source, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(source)
     codec = MimiModel.from_pretrained(work / "codec" / "model", dtype=torch.float32)

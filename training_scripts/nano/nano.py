@@ -62,7 +62,8 @@ STEPS = {
     "i2t_projector": Step("train_model", ("a2a", "vision_encoder"), ("i2t_projector",), alone=True),
     "understanding": Step("train_model", ("i2t_projector",), ("understanding",), alone=True),
     "i2t": Step("train_model", ("understanding",), ("i2t",), alone=True),
-    "nano": Step("finish_model", ("i2t",), alone=True),
+    "answers": Step("train_model", ("i2t",), ("answers",), alone=True),
+    "nano": Step("finish_model", ("answers",), alone=True),
 }
 
 

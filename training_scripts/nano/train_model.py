@@ -9,16 +9,21 @@ on from its last save.
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile
 import torch
+from corpus_words import POSITIONS, SHAPES
+from draw_pictures import CENTRES, COLOURS
 from optimizers import MuonTrainer
 from safetensors.torch import load_file
 from stages import read_lines, run_stage, stage_arguments
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from train_vision_encoder import PATCH, SIDE, all_scenes, balanced, draw_batch
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -39,6 +44,7 @@ from minimind_o_hf.trainer import MiniMindOTrainingArguments
 from minimind_o_hf.training_report import plot_training_curves, write_training_report
 
 VERSION = 4
+DRAWN_AT_ONCE = 48  # pictures
 MAX_LENGTH = 192  # positions: a question of 40, an answer of 6 s
 
 # A prompt of this model always holds an empty think block before the answer: training shows it as generation will.
@@ -88,6 +94,8 @@ class Stage:
         swap (`float`): Scheduled sampling of codes.
         augment (`bool`): Whether input speech is augmented, beside the masking of its features.
         silent (`bool`): Whether the answers' sound is left out: the Talker does not run.
+        above_bridge (`bool`): Whether only the Thinker's layers above the one that the Talker reads are trained: what
+            is said changes, how it sounds does not.
         encoder (`str`, *optional*): A trained encoder's stage: until this one, the model's own was random.
     """
 
@@ -103,6 +111,7 @@ class Stage:
     swap: float = 0.05
     augment: bool = False
     silent: bool = False
+    above_bridge: bool = False
     encoder: str | None = None
 
     def inputs(self, work: Path) -> list[Path]:
@@ -144,7 +153,21 @@ STAGES = {
     "understanding": Stage("i2t_projector", ("i2t",) * 3 + ("a2a",) * 2 + ("t2a",), steps=2000, **UNDERSTANDING),
     # Everything at once, and by far the longest: what was learnt before gives it a start.
     "i2t": Stage(
-        "understanding", ("i2t", "i2t", "a2a", "a2a", "t2a"), steps=10_000, rate=1e-3, talker_rate=2.5e-3, **SPEAKING
+        "understanding",
+        ("t2a",) * 3 + ("i2t",) * 3 + ("a2a",),
+        steps=10_000,
+        rate=8e-4,
+        talker_rate=2.5e-3,
+        **SPEAKING,
+    ),
+    # The audio loss is a hundred times the text's, and has the last word in the layers that both need. Those above
+    # the bridge are the text's alone.
+    "answers": Stage(
+        "i2t",
+        ("t2a", "i2t", "i2t", "a2a", "a2a"),
+        steps=1000,
+        above_bridge=True,
+        **{**UNDERSTANDING, "mode": "thinker"},
     ),
 }
 
@@ -161,7 +184,7 @@ def put_encoder(folder: Path, model: Any, processor: Any) -> None:
     tower.load_state_dict(encoder.state_dict())
 
 
-def start_projector(model: Any, processor: Any, work: Path, clips: int) -> float:
+def start_speech_projector(model: Any, processor: Any, work: Path, clips: int) -> float:
     """
     Brings the speech projector near to what the Thinker can read: of each frame it gives the embedding of the token
     that the encoder's CTC head hears in it, and of `<|audio_pad|>` where that is none. From a random start the
@@ -189,20 +212,71 @@ def start_projector(model: Any, processor: Any, work: Path, clips: int) -> float
             blank = scores[:, -1:] * embeddings[model.config.audio_token_id]
             frames.append(heard)
             targets.append(scores[:, :-1] @ embeddings[: scores.shape[1] - 1] + blank)
-    frames, targets = torch.cat(frames), torch.cat(targets)
-    projector = model.audio_proj.train().requires_grad_(True)
+    return fit_projector(model.audio_proj, torch.cat(frames), torch.cat(targets))
+
+
+def start_vision_projector(model: Any, processor: Any, pictures: int) -> float:
+    """
+    Does the same for the vision projector: a token that sees an object becomes the sum of the embeddings of its shape,
+    its colour and its place, as in "green", "star", "top". From a random start the Thinker sees what is in a picture,
+    but not which of two objects has what, though a linear map of the encoder's tokens tells all of it.
+
+    Args:
+        model, processor: With the trained vision encoder.
+        pictures (`int`): To be drawn, of training scenes.
+
+    Returns:
+        `float`: The share of the embeddings' variance that is missed.
+    """
+    embeddings = model.get_input_embeddings().weight.detach()
+
+    def of_words(words: Iterable[str]) -> torch.Tensor:
+        ids = [processor.tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+        return torch.stack([embeddings[word].mean(0) for word in ids])
+
+    side = SIDE // PATCH
+    centres = (torch.arange(side) + 0.5) / side
+    places = torch.cartesian_prod(centres, centres).flip(-1)  # of each token: x, y
+    nearest = torch.cdist(places, torch.tensor([CENTRES[where] for where in POSITIONS])).argmin(1)
+    shapes, colours, where = of_words(SHAPES), of_words(COLOURS), of_words(POSITIONS)[nearest]
+    generator = np.random.default_rng(0)
+    scenes = all_scenes(0)["train"]
+    tokens, targets = [], []
+    with torch.no_grad():
+        for _ in range(0, pictures, DRAWN_AT_ONCE):
+            pixels, labels = draw_batch(balanced(scenes, DRAWN_AT_ONCE, generator), generator)
+            shape, colour = labels["patch"]
+            seen = shape > 0
+            wanted = shapes[shape - 1] + colours[colour - 1] + where
+            wanted = torch.where(seen[..., None], wanted, embeddings[model.config.image_token_id])
+            # Most tokens see nothing: as many of them as of the others are enough.
+            chosen = seen | (torch.from_numpy(generator.random(seen.shape)) < seen.float().mean())
+            tokens.append(model.vision_tower(pixels).last_hidden_state[chosen])
+            targets.append(wanted[chosen])
+    return fit_projector(model.vision_proj, torch.cat(tokens), torch.cat(targets))
+
+
+def fit_projector(projector: Any, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """Trains a projector alone to give `targets` for `inputs`; returns the share of the variance that is missed."""
+    projector.train().requires_grad_(True)
     steps = 1500
     optimizer = torch.optim.AdamW(projector.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        chosen = torch.randint(len(frames), (1024,), generator=generator)
-        loss = torch.nn.functional.mse_loss(projector(frames[chosen]), targets[chosen]) / targets.var()
+        chosen = torch.randint(len(inputs), (1024,), generator=generator)
+        loss = torch.nn.functional.mse_loss(projector(inputs[chosen]), targets[chosen]) / targets.var()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return loss.item()
+
+
+def freeze_up_to_bridge(model: Any) -> None:
+    """Freezes all of the Thinker that the Talker's input depends on, and the embeddings, which are the head too."""
+    for part in (model.get_input_embeddings(), *model.model.layers[: model.config.bridge_layer + 1]):
+        part.requires_grad_(False)
 
 
 def train(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, float]:
@@ -231,8 +305,12 @@ def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dic
     processor = AutoProcessor.from_pretrained(before)
     if stage.encoder:
         put_encoder(work / stage.encoder / "model", model, processor)
-    if stage.encoder == "speech_encoder":
-        missed = start_projector(model, processor, work, 20 if quick else 2000)
+    if stage.encoder:
+        missed = (
+            start_speech_projector(model, processor, work, 20 if quick else 2000)
+            if stage.encoder == "speech_encoder"
+            else start_vision_projector(model, processor, 48 if quick else 2400)
+        )
         sys.stderr.write(f"the projector starts with {missed:.3f} of the variance missed\n")
     settings = replace(
         AS_GENERATED,
@@ -275,6 +353,8 @@ def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dic
     trainer = MuonTrainer(model, arguments, train_dataset=train_set, eval_dataset=held_out, data_collator=collator)
     if stage.silent:
         model.talker.requires_grad_(False)
+    if stage.above_bridge:
+        freeze_up_to_bridge(model)
     run = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
     figures = trainer.evaluate()

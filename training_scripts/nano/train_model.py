@@ -150,7 +150,7 @@ STAGES = {
     "a2a_projector": Stage("t2a", ("a2a",), "audio_proj", encoder="speech_encoder", **PROJECTING),
     "a2a": Stage("a2a_projector", ("a2a",) * 3 + ("t2a",), steps=1000, augment=True, **UNDERSTANDING),
     "i2t_projector": Stage("a2a", ("i2t",), "vision_proj", encoder="vision_encoder", **PROJECTING),
-    "understanding": Stage("i2t_projector", ("i2t",) * 3 + ("a2a",) * 2 + ("t2a",), steps=2000, **UNDERSTANDING),
+    "understanding": Stage("i2t_projector", ("i2t",) * 8 + ("a2a",) * 2 + ("t2a",), steps=3000, **UNDERSTANDING),
     # Everything at once, and by far the longest: what was learnt before gives it a start.
     "i2t": Stage(
         "understanding",

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -290,7 +291,7 @@ def test_flite_speaks_and_finished_recordings_are_kept(tmp_path):
     assert make_speech.speak_rows(rows, tmp_path / "answers", float("inf"))[1]["seconds"] == spoken[0]["seconds"]
 
 
-@needs_flite
+@pytest.mark.skipif(not shutil.which("flite"), reason="the program flite is not installed")
 @pytest.mark.parametrize("voice", [*make_speech.VOICES, make_speech.HELD_OUT_VOICE])
 def test_the_library_says_what_the_program_says(voice, tmp_path):
     text = "Tom likes fish. What does Tom like?"
@@ -317,9 +318,41 @@ def test_words_of_answers_begin_with_a_frame(voice):
 
 
 @needs_flite
-def test_there_has_to_be_something_to_say():
-    with pytest.raises(ValueError, match="nothing to say"):
-        flite.speak_on_grid("", "slt")
+@pytest.mark.parametrize(
+    ("text", "voice", "error"),
+    [
+        ("", "slt", "nothing to say"),
+        ("Yes - no.", "slt", "put it in words"),
+        ("Yes.\0No.", "slt", "NUL"),
+        ("Yes.", "nobody", "no voice 'nobody'"),
+    ],
+)
+def test_what_cannot_be_said_is_refused(text, voice, error):
+    with pytest.raises(ValueError, match=error):
+        flite.speak_on_grid(text, voice)
+
+
+@needs_flite
+def test_answers_are_spoken_and_encoded_in_processes_of_their_own(tmp_path):
+    texts = ("The cat can swim.", "No, a goat is an animal.", "Two.")
+    rows = [{"text": text, "voice": voice} for text in texts for voice in ("slt", "rms", "awb")]
+    spoken = make_speech.speak_rows(rows, tmp_path / "answers", float("inf"), on_grid=True)
+    assert [(row["text"], row["voice"]) for row in spoken] == [(row["text"], row["voice"]) for row in rows]
+    codec = default_checkpoint() / "audio_tokenizer"
+    codes = build_data.encode(codec, tmp_path, spoken)
+    model = MimiModel.from_pretrained(codec, dtype=torch.float32)
+    for row in spoken:
+        found = codes[row["text"], row["voice"]]
+        assert found.shape == (8, round(row["seconds"] / 0.08))
+        alone = build_data.encode_speech(model, [train_codec.read_waveform(tmp_path / row["path"])], 8)[0]
+        assert (found == alone).mean() > 0.98  # another ELU, and other batches
+
+
+@needs_flite
+def test_a_row_that_cannot_be_said_stops_the_stage(tmp_path):
+    rows = [{"text": text, "voice": "slt"} for text in ("Yes.", "Yes - no.")]
+    with pytest.raises(ValueError, match="put it in words"):
+        make_speech.speak_rows(rows, tmp_path / "answers", float("inf"), on_grid=True)
 
 
 # The codec

@@ -25,6 +25,8 @@ FADE = FRAME // 4
 # than there, and the first codebook is loudness.
 GAINS = {"slt": 0.45, "rms": 0.84, "awb": 0.75, "kal16": 1.9}
 PEAK = 0.99
+# flite keeps the pointer to the name of a feature that is set, so it has to live as long as the utterance.
+_STRETCH = b"local_duration_stretch"
 
 
 class _Wave(ctypes.Structure):
@@ -79,18 +81,26 @@ def _begin_noise() -> None:
 
 @functools.cache
 def _voice(name: str) -> int:
-    """A voice, as flite's functions take it."""
+    """A voice, as flite's functions take it; ValueError where there is none of that name."""
     _library()
-    register = getattr(ctypes.CDLL(f"libflite_cmu_us_{name}.so.1"), f"register_cmu_us_{name}")
+    if name not in GAINS:
+        raise ValueError(f"There is no voice {name!r} here, but {', '.join(GAINS)}.")
+    try:
+        register = getattr(ctypes.CDLL(f"libflite_cmu_us_{name}.so.1"), f"register_cmu_us_{name}")
+    except (OSError, AttributeError) as error:
+        raise ValueError(
+            f"flite's voice {name!r} is not installed (Debian, Ubuntu: apt install flite): {error}"
+        ) from error
     register.restype, register.argtypes = _POINTER, [_TEXT]
     return register(None)
 
 
 def is_installed() -> bool:
-    """Whether flite's library is there."""
+    """Whether flite's library and its voices are there."""
     try:
-        _library()
-    except OSError:
+        for name in GAINS:
+            _voice(name)
+    except (OSError, AttributeError, ValueError):
         return False
     return True
 
@@ -114,15 +124,16 @@ def speak_text(text: str, voice: str) -> np.ndarray:
     What `flite -voice VOICE -t TEXT` says.
 
     Args:
-        text (`str`): Any.
+        text (`str`): What to say; where flite knows no word of it, the result is silence.
         voice (`str`): `"slt"`, `"rms"`, `"awb"` or `"kal16"`.
 
     Returns:
         `np.ndarray` of shape `(num_samples,)`: Float32, at 16 kHz.
 
     Raises:
-        ValueError: flite wrote nothing, or at another rate.
+        ValueError: Another voice, one that is not installed, or a text with a NUL character.
     """
+    _check_text(text)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speech.wav"
         _begin_noise()
@@ -133,6 +144,11 @@ def speak_text(text: str, voice: str) -> np.ndarray:
     if rate != RATE:
         raise ValueError(f"flite's voice {voice!r} speaks at {rate} Hz, {RATE} Hz are expected.")
     return waveform
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise ValueError(f"flite reads a text up to its first NUL character, and there is one in {text!r:.60}.")
 
 
 def _items(utterance: int, relation: bytes) -> Iterator[int]:
@@ -151,7 +167,10 @@ def _token_of(segment: int, tokens: Sequence[int]) -> int | None:
         return None
     word = library.item_parent(library.item_parent(segment))
     token = library.item_parent(library.item_as(word, b"Token"))
-    return next(index for index, other in enumerate(tokens) if library.item_equal(token, other))
+    found = [index for index, other in enumerate(tokens) if library.item_equal(token, other)]
+    if not found:
+        raise ValueError("flite speaks something that is no word of the text: put it in words.")
+    return found[0]
 
 
 def speak_stretched(text: str, voice: str, stretches: Sequence[float] = ()) -> Spoken:
@@ -159,13 +178,15 @@ def speak_stretched(text: str, voice: str, stretches: Sequence[float] = ()) -> S
     Speaks one utterance.
 
     Args:
-        text (`str`): Any.
+        text (`str`): Words and punctuation marks behind them.
         voice (`str`): See [`speak_text`].
         stretches (list of `float`, *optional*): Of the durations of its words, in the order of `Spoken.words`.
 
     Raises:
-        ValueError: There is nothing to say.
+        ValueError: There is nothing to say, a part of the text has no sound (such as a dash alone), or as
+            [`speak_text`].
     """
+    _check_text(text)
     library = _library()
     utterance = library.new_utterance()
     try:
@@ -174,7 +195,7 @@ def speak_stretched(text: str, voice: str, stretches: Sequence[float] = ()) -> S
         library.default_tokenization(utterance)
         tokens = list(_items(utterance, b"Token"))
         for token, stretch in zip(tokens, stretches, strict=False):
-            library.item_set_float(token, b"local_duration_stretch", stretch)
+            library.item_set_float(token, _STRETCH, stretch)
         _begin_noise()
         if not tokens or not library.utt_synth_tokens(utterance):
             raise ValueError(f"flite has nothing to say for {text!r:.60}.")

@@ -1,9 +1,9 @@
 """Speaks the nano corpus with flite: the answers, and the questions.
 
-    python training_scripts/nano/make_speech.py WORK            (about 30 minutes on two cores)
+    python training_scripts/nano/make_speech.py WORK            (about 35 minutes on two cores)
     python training_scripts/nano/make_speech.py WORK --quick
 
-It needs the program `flite` with its voices (Debian, Ubuntu: apt install flite). Three voices are trained on; the
+It needs flite's library and voices (Debian, Ubuntu: apt install flite). Three voices are trained on; the
 fourth, kal16, speaks only what is evaluated. WORK/speech gets
 
     answers.jsonl, questions.jsonl    `text`, `voice`, `split`, `kind`, `seconds` and `path` of each recording
@@ -19,9 +19,11 @@ silence, ends with 80 to 160 ms and lasts a whole number of 80 ms frames: so the
 import functools
 import hashlib
 import itertools
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -41,7 +43,8 @@ TTS = "flite -voice {voice} -t {{text}} -o {{out}}"
 LOUDNESS = 0.08  # RMS of what is not silence
 SILENCE = 0.01  # of the peak
 AT_ONCE = 256
-PROCESSES = 2
+# As many as this stage is given cores (see nano.py).
+PROCESSES = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def trim(waveform: np.ndarray) -> np.ndarray:
@@ -151,11 +154,11 @@ def speak_rows(rows: Sequence[dict], folder: Path, minutes: float, on_grid: bool
     done: list[dict] = []
     seconds = 0.0
     speak = functools.partial(speak_row, folder=folder, on_grid=on_grid)
-    with get_context("spawn").Pool(PROCESSES) as pool:
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         for start in range(0, len(rows), AT_ONCE):
             if seconds >= minutes * 60:
                 break
-            done += pool.map(speak, rows[start : start + AT_ONCE])
+            done += pool.map(speak, rows[start : start + AT_ONCE], chunksize=AT_ONCE // 8)
             seconds = sum(row["seconds"] for row in done)
     return done
 

@@ -305,7 +305,6 @@ def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dic
     processor = AutoProcessor.from_pretrained(before)
     if stage.encoder:
         put_encoder(work / stage.encoder / "model", model, processor)
-    if stage.encoder:
         missed = (
             start_speech_projector(model, processor, work, 20 if quick else 2000)
             if stage.encoder == "speech_encoder"

@@ -69,6 +69,7 @@ GENERATION = {
     "top_p": 1.0,
     "top_k": 50,
     "max_new_tokens": 96,
+    "audio_repetition_penalty": 1.0,  # frames of one word are alike
     "max_turns": 0,  # it learns from single questions
 }
 

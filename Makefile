@@ -22,7 +22,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed  ## ask nano a question; the answer is printed as it is generated, and spoken in reply.wav
-	HF_HUB_OFFLINE=1 $(BIN)/minimind-o chat --text "Where does a pig live?" --out reply.wav
+	HF_HUB_OFFLINE=1 $(BIN)/minimind-o chat --text "Where does a pig live?" --voice rms --out reply.wav
 
 test: $(VENV)/.test-installed  ## run the tests, but for the slow ones
 	$(PYTEST) -n $(WORKERS) $(ARGS)

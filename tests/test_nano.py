@@ -203,7 +203,7 @@ def test_an_adapter_teaches_it_a_new_answer_and_comes_off(processor, tmp_path):
 
 def test_the_demo_answers(tmp_path, capsys):
     reply = tmp_path / "reply.wav"
-    assert main(["chat", "--text", "Where does a pig live?", "--out", str(reply)]) == 0
+    assert main(["chat", "--text", "Where does a pig live?", "--voice", "rms", "--out", str(reply)]) == 0
     printed = capsys.readouterr()
     assert "The pig lives on a farm." in printed.out
     assert "nano, a toy" in printed.err

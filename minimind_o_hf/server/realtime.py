@@ -530,6 +530,8 @@ class RealtimeSession:
             raise ApiError("`audio_end_ms` is a whole number of at least 0.", param="audio_end_ms")
         if self.response is not None and item is self.response.item:
             await self._cancel("client_cancelled")
+        elif self.last is not None and item is self.last.item and self.speaking is not None:
+            await finished(self.speaking)  # its end is being told: that comes first
         if self.last is None or item is not self.last.item:
             raise ApiError("Only the last answer can be truncated.", param="item_id")
         if end > self.last.sent * 1000 + 1:

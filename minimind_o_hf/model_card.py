@@ -35,8 +35,8 @@ print(answer.text)
 processor.save_audio(answer.audio, "answer.wav")
 ```
 
-It needs transformers, torch and torchaudio; files of sound also `soundfile`, pictures also `pillow`. With the package
-`minimind_o_hf` installed and imported, no remote code is run and `trust_remote_code` is not needed.
+It needs transformers 5.23, torch and torchaudio; files of sound also `soundfile`, pictures also `pillow`. With the
+package `minimind_o_hf` installed and imported, no remote code is run and `trust_remote_code` is not needed.
 """
 
 LIMITS = """## Limits

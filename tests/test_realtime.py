@@ -427,12 +427,17 @@ def test_the_client_cancels(server, endless):
     run(server, hold)
 
 
+async def truncate_a_story(talk):
+    """Asks for one, and truncates it at its first sound."""
+    await talk.say("Tell me a story.")
+    await talk.connection.response.create()
+    delta = await talk.until("response.output_audio.delta")
+    await talk.connection.conversation.item.truncate(item_id=delta.item_id, content_index=0, audio_end_ms=80)
+
+
 def test_truncating_an_answer_that_is_being_made_ends_it(server, endless):
     async def hold(talk):
-        await talk.say("Tell me a story.")
-        await talk.connection.response.create()
-        delta = await talk.until("response.output_audio.delta")
-        await talk.connection.conversation.item.truncate(item_id=delta.item_id, content_index=0, audio_end_ms=80)
+        await truncate_a_story(talk)
         assert (await talk.until("response.done")).response.status == "cancelled"
         await talk.until("conversation.item.truncated")
 
@@ -443,10 +448,7 @@ def test_an_answer_is_truncated_and_cancelled_in_one_go(server, endless):
     """As the Agents SDK interrupts where it does not leave that to the server."""
 
     async def hold(talk):
-        await talk.say("Tell me a story.")
-        await talk.connection.response.create()
-        delta = await talk.until("response.output_audio.delta")
-        await talk.connection.conversation.item.truncate(item_id=delta.item_id, content_index=0, audio_end_ms=80)
+        await truncate_a_story(talk)
         await talk.connection.response.cancel()
         await talk.connection.response.cancel(event_id="once more")
         done, truncated, error = "response.done", "conversation.item.truncated", "error"

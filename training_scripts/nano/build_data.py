@@ -48,18 +48,12 @@ BATCH = 8  # recordings encoded at a time
 _codec: Any = None  # of a process that encodes
 
 
-def load_codec(folder: Path) -> Any:
-    """The codec, with an encoder that is as fast as in its training (3 of 400,000 codes differ from PyTorch's ELU)."""
-    codec: Any = MimiModel.from_pretrained(folder, dtype=torch.float32)
-    make_fast(codec.encoder)
-    return codec
-
-
 def open_codec(folder: Path) -> None:
     """Prepares a process for [`encode_batch`]."""
     global _codec
     torch.set_num_threads(1)
-    _codec = load_codec(folder)
+    _codec = MimiModel.from_pretrained(folder, dtype=torch.float32)
+    make_fast(_codec.encoder)  # 3 of 400,000 codes differ from those with PyTorch's ELU
 
 
 def encode_batch(rows: Sequence[dict], folder: Path) -> list[np.ndarray]:

@@ -141,9 +141,13 @@ def speak_text(text: str, voice: str) -> np.ndarray:
         if not path.is_file():
             raise ValueError(f"flite wrote nothing for {text!r:.60}.")
         waveform, rate = soundfile.read(path, dtype="float32")
+    _check_rate(rate, voice)
+    return waveform
+
+
+def _check_rate(rate: int, voice: str) -> None:
     if rate != RATE:
         raise ValueError(f"flite's voice {voice!r} speaks at {rate} Hz, {RATE} Hz are expected.")
-    return waveform
 
 
 def _check_text(text: str) -> None:
@@ -210,8 +214,7 @@ def speak_stretched(text: str, voice: str, stretches: Sequence[float] = ()) -> S
         if list(spans) != list(range(len(tokens))):
             raise ValueError(f"flite does not speak each of the {len(tokens)} words of {text!r:.60}: put it in words.")
         wave = library.utt_wave(utterance).contents
-        if wave.sample_rate != RATE:
-            raise ValueError(f"flite's voice {voice!r} speaks at {wave.sample_rate} Hz, {RATE} Hz are expected.")
+        _check_rate(wave.sample_rate, voice)
         samples = np.ctypeslib.as_array(wave.samples, (wave.num_samples,)) / np.float32(2**15)
     finally:
         library.delete_utterance(utterance)

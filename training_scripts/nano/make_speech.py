@@ -38,7 +38,6 @@ from minimind_o_hf.files import new_file
 VERSION = 3
 VOICES = ("slt", "rms", "awb")
 HELD_OUT_VOICE = "kal16"
-TTS = "flite -voice {voice} -t {{text}} -o {{out}}"
 
 LOUDNESS = 0.08  # RMS of what is not silence
 SILENCE = 0.01  # of the peak
@@ -83,19 +82,15 @@ def name_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def speak_to(path: Path, text: str, voice: str, on_grid: bool) -> float:
-    """Speaks a text into a file, unless it is there; its length in seconds."""
+def speak_row(row: dict, folder: Path, on_grid: bool) -> dict:
+    """A row with its recording, which is made unless it is there."""
+    path = folder / row["voice"] / f"{name_of(row['text'])}.flac"
     if not path.is_file():
+        text, voice = row["text"], row["voice"]
         waveform = flite.speak_on_grid(text, voice) if on_grid else trim(flite.speak_text(text, voice))
         with new_file(path) as temporary:
             soundfile.write(temporary, waveform, RATE, format="FLAC")
-    return soundfile.info(path).frames / RATE
-
-
-def speak_row(row: dict, folder: Path, on_grid: bool) -> dict:
-    """A row with its recording."""
-    path = folder / row["voice"] / f"{name_of(row['text'])}.flac"
-    length = speak_to(path, row["text"], row["voice"], on_grid)
+    length = soundfile.info(path).frames / RATE
     return {**row, "seconds": length, "path": str(path.relative_to(folder.parent))}
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draw_pictures import draw_scene
-from make_speech import HELD_OUT_VOICE, TTS, VOICES
+from make_speech import HELD_OUT_VOICE, VOICES
 from stages import read_lines
 
 from minimind_o_hf.files import new_file
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         "buckets": [5, 7],
         "apart": ["repeat", UNSEEN_ASKER],
         "max_new_tokens": 96,
-        "tts": TTS.replace("{{", "{").replace("}}", "}"),
+        "tts": "flite -voice {voice} -t {text} -o {out}",
         "tts_voices": [*VOICES, HELD_OUT_VOICE],
         "questions": make_questions(read_lines(Path(work) / "corpus" / "conversations.jsonl")),
     }

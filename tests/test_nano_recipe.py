@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from minimind_o_hf.modeling import MimiStreamingDecoder
+from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -652,6 +654,45 @@ def test_layers_above_the_bridge_are_trained_alone(shipped):
     layers = {name.split(".")[2] for name in trained if ".layers." in name}
     assert layers == {"2", "3"}
     assert {name for name in trained if ".layers." not in name} == {"model.norm"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_share_of_the_talkers_gradient_reaches_the_thinker(share, shipped):
+    model = copy.deepcopy(shipped[0])
+    codes = torch.randint(0, 512, (1, 8, 5), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": torch.arange(300, 305)[None], "audio_codes": codes, "audio_labels": codes}
+
+    def gradients():
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        parts = model.model.layers[0].self_attn.q_proj.weight, model.talker.embed_proj[0].weight
+        return loss.item(), *(torch.zeros(()) if part.grad is None else part.grad.clone() for part in parts)
+
+    before = gradients()
+    train_model.scale_bridge_gradient(model, share)
+    after = gradients()
+    assert after[0] == before[0]
+    torch.testing.assert_close(after[1], share * before[1] if share else torch.zeros_like(after[1]))
+    torch.testing.assert_close(after[2], before[2])
+    assert before[1].abs().max() > 0
+
+
+def test_every_scene_but_those_held_out_is_looked_at(tmp_path):
+    figures = build_data.build_scenes(tmp_path, tmp_path, every=97)
+    corpus = make_corpus.make_conversations(seed=0, size=100)
+    held_out = {json.dumps(row["scene"]) for row in corpus if row["held"] == "scene"}
+    for split in ("train", "eval"):
+        table = parquet.read_table(tmp_path / f"scenes_{split}.parquet").to_pylist()
+        assert len(table) == figures[split] > 5
+        for row in table:
+            question, answer = (turn["content"] for turn in json.loads(row["conversations"]))
+            assert question.startswith("<image>\n")
+            assert answer.endswith(".")
+            assert Image.open(io.BytesIO(row["image_bytes"][0])).size == (128, 128)
+    scenes = {split: {json.dumps(one) for one in found} for split, found in train_vision_encoder.all_scenes(0).items()}
+    assert held_out <= scenes["eval"]
+    assert not scenes["eval"] & scenes["train"]
 
 
 def test_pictures_begin_as_words(shipped):

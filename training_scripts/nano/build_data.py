@@ -1,9 +1,12 @@
 """Builds the training data of the nano model: rows of the original's schema from corpus, speech, pictures and codec.
 
     python training_scripts/nano/build_data.py WORK text       (the language model's, seconds)
+    python training_scripts/nano/build_data.py WORK scenes     (more to look at, minutes)
     python training_scripts/nano/build_data.py WORK speech     (everybody else's, minutes)
 
-WORK/text gets text_train.parquet and text_eval.parquet, conversations without sound. WORK/data gets, for each split,
+WORK/text gets text_train.parquet and text_eval.parquet, conversations without sound. WORK/scenes gets the same names
+for scenes, with pictures and without sound, of every scene that the corpus could have but those it holds out: the few
+hundred that it has do not teach which of two objects has what. WORK/data gets, for each split,
 
     t2a_train.parquet       written questions, spoken answers
     a2a_train.parquet       spoken questions, spoken answers
@@ -15,7 +18,9 @@ training come once more where a voice is left, so that every recording is learnt
 with one of its pictures.
 """
 
+import io
 import json
+import random
 import sys
 import zlib
 from collections import defaultdict
@@ -26,15 +31,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import make_corpus
 import numpy as np
 import pyarrow as pa
 import torch
+from draw_pictures import draw_scene
 from make_speech import PROCESSES, VOICES
 from minimind_o_hf.processing.voices_minimind_o import save_voices
 from pyarrow import parquet
 from safetensors.torch import load_file
 from stages import plot_counts, read_lines, run_stage, stage_arguments
 from train_codec import make_fast, read_waveform
+from train_vision_encoder import all_scenes
 from transformers import MimiModel
 
 from minimind_o_hf.data.building import SCHEMA, encode_speech
@@ -42,6 +50,7 @@ from minimind_o_hf.data.samples import IMAGE_MARK
 from minimind_o_hf.files import new_file
 
 VERSION = 3
+SEED = 0  # the corpus's
 CODEBOOKS = 8
 REFERENCE_FRAMES = (24, 36)  # two to three seconds
 BATCH = 8  # recordings encoded at a time
@@ -219,8 +228,29 @@ def build_speech(work: Path, folder: Path) -> dict[str, int]:
     return figures
 
 
+def build_scenes(work: Path, folder: Path, every: int) -> dict[str, int]:
+    """Questions about all scenes, each with a picture of its own; one of so many questions."""
+    del work  # what the corpus holds out depends on its seed alone
+    items = make_corpus.pictures(random.Random(SEED), sys.maxsize)
+    asked = [(item, question) for item in items for question in item.wordings]
+    figures = {}
+    for split, scenes in all_scenes(SEED).items():
+        names = {json.dumps(scene) for scene in scenes}
+        chosen = [one for one in asked if one[0].scene in names][::every]
+        rows = []
+        for number, (item, question) in enumerate(chosen):
+            picture = draw_scene(json.loads(item.scene), zlib.crc32(f"{item.scene} {question} {number}".encode()))
+            file = io.BytesIO()
+            picture.save(file, format="PNG")
+            shown = text_row({"question": f"{IMAGE_MARK}\n{question}", "answer": item.answer})
+            rows.append({**shown, "image_bytes": [file.getvalue()]})
+        figures[split] = write(folder / f"scenes_{split}.parquet", rows)
+    return figures
+
+
 PARTS = {
     "text": ("text", build_text, ["corpus"]),
+    "scenes": ("scenes", build_scenes, ["corpus"]),
     "speech": ("data", build_speech, ["corpus", "speech", "pictures", "codec", "speaker_encoder"]),
 }
 
@@ -232,7 +262,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     name, build, before = PARTS[options.part]
     work = options.work
-    kinds = ("text",) if options.part == "text" else ("t2a", "a2a", "i2t")
+    settings = {"version": VERSION}
+    if options.part == "scenes":
+        settings["every"] = 200 if options.quick else 1
+        build = partial(build_scenes, every=settings["every"])
+    kinds = ("t2a", "a2a", "i2t") if options.part == "speech" else (options.part,)
     outputs = [f"{kind}_{split}.parquet" for kind in kinds for split in ("train", "eval")]
     inputs = [work / stage for stage in before]
 
@@ -241,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
         plot_counts(figures, "rows", folder / "figures.png")
         return figures
 
-    run_stage(work / name, inputs, {"version": VERSION}, make, outputs)
+    run_stage(work / name, inputs, settings, make, outputs)
 
 
 if __name__ == "__main__":

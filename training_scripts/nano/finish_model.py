@@ -43,9 +43,11 @@ STAGES += (
     "a2a_projector",
     "a2a",
     "i2t_projector",
+    "scenes",
     "understanding",
     "i2t",
     "answers",
+    "decoder",
 )
 CONSENT = "A synthetic voice of flite (CMU), made of recordings that were published for this use."
 LICENCE = "flite's own: free use, modification and distribution with its notices"
@@ -166,7 +168,7 @@ def make_checkpoint(work: Path, folder: Path) -> dict[str, Any]:
     source = work / "answers" / "model"
     model: Any = AutoModelForMultimodalLM.from_pretrained(source, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(source)
-    codec = MimiModel.from_pretrained(work / "codec" / "model", dtype=torch.float32)
+    codec = MimiModel.from_pretrained(work / "decoder" / "model", dtype=torch.float32)
     speaker_folder = work / "speaker_encoder" / "model"
     speaker_encoder = AutoModel.from_pretrained(speaker_folder, dtype=torch.float32)
     for name, value in GENERATION.items():

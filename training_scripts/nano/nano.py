@@ -49,6 +49,7 @@ STEPS = {
     "codec encoder": Step("train_codec", ("speech",), ("--only", "encoder")),
     "model": Step("assemble_model", ("tokenizer",)),
     "text": Step("build_data", ("corpus",), ("text",)),
+    "scenes": Step("build_data", ("corpus",), ("scenes",)),
     "lm": Step("train_model", ("model", "text"), ("lm",)),
     "speech_encoder": Step("train_speech_encoder", ("speech", "tokenizer")),
     "codec": Step("train_codec", ("codec encoder",)),
@@ -60,10 +61,11 @@ STEPS = {
     "a2a_projector": Step("train_model", ("t2a", "speech_encoder"), ("a2a_projector",), alone=True),
     "a2a": Step("train_model", ("a2a_projector",), ("a2a",), alone=True),
     "i2t_projector": Step("train_model", ("a2a", "vision_encoder"), ("i2t_projector",), alone=True),
-    "understanding": Step("train_model", ("i2t_projector",), ("understanding",), alone=True),
+    "understanding": Step("train_model", ("i2t_projector", "scenes"), ("understanding",), alone=True),
     "i2t": Step("train_model", ("understanding",), ("i2t",), alone=True),
     "answers": Step("train_model", ("i2t",), ("answers",), alone=True),
-    "nano": Step("finish_model", ("answers",), alone=True),
+    "decoder": Step("tune_decoder", ("answers",), alone=True),
+    "nano": Step("finish_model", ("decoder",), alone=True),
 }
 
 

@@ -75,7 +75,7 @@ class SilentCollator(MiniMindODataCollator):
 
 def folder_of(data: str) -> str:
     """The stage that makes the files of some data."""
-    return "text" if data == "text" else "data"
+    return data if data in ("text", "scenes") else "data"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Stage:
 
     Args:
         before (`str`): The stage it starts from.
-        data (tuple of `str`): Files of WORK/text or WORK/data, without `_train.parquet`; one named twice counts twice.
+        data (tuple of `str`): Files of WORK/text, WORK/scenes or WORK/data, without `_train.parquet`; one named twice
+            counts twice.
         mode (`str`): What is trained, see [`MiniMindOTrainingArguments`].
         steps (`int`), batch (`int`), rate (`float`): Optimiser steps, rows a step, learning rate.
         talker_rate (`float`, *optional*): The Talker's.
@@ -96,6 +97,7 @@ class Stage:
         silent (`bool`): Whether the answers' sound is left out: the Talker does not run.
         above_bridge (`bool`): Whether only the Thinker's layers above the one that the Talker reads are trained: what
             is said changes, how it sounds does not.
+        bridge_gradient (`float`): The share of the audio loss's gradient that passes from the Talker into the Thinker.
         encoder (`str`, *optional*): A trained encoder's stage: until this one, the model's own was random.
     """
 
@@ -112,6 +114,7 @@ class Stage:
     augment: bool = False
     silent: bool = False
     above_bridge: bool = False
+    bridge_gradient: float = 1.0
     encoder: str | None = None
 
     def inputs(self, work: Path) -> list[Path]:
@@ -150,7 +153,7 @@ STAGES = {
     "a2a_projector": Stage("t2a", ("a2a",), "audio_proj", encoder="speech_encoder", **PROJECTING),
     "a2a": Stage("a2a_projector", ("a2a",) * 3 + ("t2a",), steps=1000, augment=True, **UNDERSTANDING),
     "i2t_projector": Stage("a2a", ("i2t",), "vision_proj", encoder="vision_encoder", **PROJECTING),
-    "understanding": Stage("i2t_projector", ("i2t",) * 8 + ("a2a",) * 2 + ("t2a",), steps=3000, **UNDERSTANDING),
+    "understanding": Stage("i2t_projector", ("scenes", "a2a", "a2a", "t2a"), steps=3000, **UNDERSTANDING),
     # Everything at once, and by far the longest: what was learnt before gives it a start.
     "i2t": Stage(
         "understanding",
@@ -273,6 +276,16 @@ def fit_projector(projector: Any, inputs: torch.Tensor, targets: torch.Tensor) -
     return loss.item()
 
 
+def scale_bridge_gradient(model: Any, share: float) -> None:
+    """Lets only a share of the Talker's gradient into the Thinker."""
+
+    def scale(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        (bridge,) = inputs
+        return (bridge.detach() + share * (bridge - bridge.detach()),)
+
+    model.talker.embed_proj.register_forward_pre_hook(scale)
+
+
 def freeze_up_to_bridge(model: Any) -> None:
     """Freezes all of the Thinker that the Talker's input depends on, and the embeddings, which are the head too."""
     for part in (model.get_input_embeddings(), *model.model.layers[: model.config.bridge_layer + 1]):
@@ -352,6 +365,8 @@ def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dic
     trainer = MuonTrainer(model, arguments, train_dataset=train_set, eval_dataset=held_out, data_collator=collator)
     if stage.silent:
         model.talker.requires_grad_(False)
+    if stage.bridge_gradient != 1:
+        scale_bridge_gradient(model, stage.bridge_gradient)
     if stage.above_bridge:
         freeze_up_to_bridge(model)
     run = Path(arguments.output_dir)

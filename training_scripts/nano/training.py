@@ -45,6 +45,11 @@ def load_start(network: nn.Module, start: Path | None) -> None:
         network.load_state_dict(torch.load(start, weights_only=True)["best"]["weights"])
 
 
+def adamw(network: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """AdamW for all parameters."""
+    return torch.optim.AdamW(network.parameters(), rate, betas=(0.8, 0.99), weight_decay=1e-3)
+
+
 def train(
     name: str,
     folder: Path,
@@ -53,6 +58,7 @@ def train(
     check: Callable[[], float],
     steps: int,
     rate: float,
+    make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
 ) -> list[dict]:
     """
     Trains a network, and leaves it as it was when its held-out loss was least. Goes on from `folder/NAME.pt`; takes
@@ -66,6 +72,7 @@ def train(
         check (callable): The held-out loss.
         steps (`int`): How many.
         rate (`float`): Learning rate, which warms up over 100 steps and falls to 0 as a cosine does.
+        make_optimizer (callable, *optional*): Makes an optimiser from the network and the rate. Default: AdamW.
 
     Returns:
         list of `dict`: `step`, `train` (mean since the last), `held out` and `seconds`.
@@ -75,7 +82,8 @@ def train(
         network.load_state_dict(load_file(finished))
         return read_lines(folder / f"{name}.jsonl")
     path = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(network.parameters(), rate, betas=(0.8, 0.99), weight_decay=1e-3)
+    make_optimizer = make_optimizer or adamw
+    optimizer = make_optimizer(network, rate)
     step, history, best = 0, [], {"loss": math.inf, "weights": {}}
     if path.is_file():
         state = torch.load(path, weights_only=True)

@@ -336,7 +336,7 @@ def work(tmp_path_factory):
 
     def make(folder):
         texts = ["What day is it today?", "Where is the ball?", "How are you?", "I like the blue sky."]
-        for name, pitch in (("questions", 200), ("answers", 250)):
+        for name, pitch in (("questions", 200), ("answers", 250), ("phrases", 300)):
             rows = []
             for number in range(64):
                 voice = ("slt", "rms", "awb", "kal16")[number % 4]

@@ -279,6 +279,21 @@ def test_answers_are_spoken_in_one_voice_before_any_is_in_a_second_one(corpus):
     assert len({(row["text"], row["voice"]) for row in train}) == len(train) == len(make_speech.VOICES) * distinct
 
 
+def test_phrases_have_the_words_of_questions_in_another_order():
+    questions = ["Where is my shoe?", "Tell me to open the door.", "Do you like London?"]
+    phrases = make_speech.make_phrases(questions, 200, 0)
+    assert len(set(phrases)) == 200
+    assert phrases == make_speech.make_phrases(questions, 200, 0) != make_speech.make_phrases(questions, 200, 1)
+    words = re.findall(r"\w+", " ".join(questions).lower())
+    counts = Counter(word for phrase in phrases[1::2] for word in re.findall(r"\w+", phrase.lower()))
+    assert set(counts) == set(words)
+    assert max(counts.values()) < 2.5 * min(counts.values())
+    assert all(re.fullmatch(r"[A-Z'][A-Za-z' ]*\.", phrase) for phrase in phrases)
+    assert any("London" in phrase[1:] for phrase in phrases)
+    rows = make_speech.plan_phrases([{"split": "train", "question": text} for text in questions], 5)
+    assert [row["voice"] for row in rows] == ["slt", "rms", "awb", "slt", "rms"]
+
+
 @needs_flite
 def test_flite_speaks_and_finished_recordings_are_kept(tmp_path):
     rows = [{"text": "The red circle is on the left.", "voice": voice} for voice in ("slt", "kal16")]
@@ -676,6 +691,29 @@ def test_a_share_of_the_talkers_gradient_reaches_the_thinker(share, shipped):
     torch.testing.assert_close(after[1], share * before[1] if share else torch.zeros_like(after[1]))
     torch.testing.assert_close(after[2], before[2])
     assert before[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_talker_reads_a_share_of_its_own_codes(share, shipped):
+    talker, stop = shipped[0].talker, shipped[0].config.audio_stop_token
+    torch.manual_seed(0)
+    codes = torch.randint(0, 512, (4, 8, 40))
+    labels = torch.where(torch.arange(40) < 10, -100, codes)  # the first ten are a voice's
+    labels[:, :, 30:] = codes[:, :, 30:] = stop
+    read = {"bridge_hidden_state": torch.randn(4, 40, 192), "audio_codes": codes}
+    _, options = train_model.read_own_codes(labels, share, 512, talker, (), read)
+    mixed, known = options["audio_codes"], codes.clone()
+    with torch.no_grad():
+        predicted = talker.lm_head(talker(**read).last_hidden_state[:, :-1]).argmax(-1)
+    own = (mixed[:, :, 1:] == predicted)[:, :, 9:29]
+    assert torch.equal(mixed[:, :, :10], known[:, :, :10])
+    assert torch.equal(mixed[:, :, 30:], known[:, :, 30:])
+    assert torch.equal(read["audio_codes"], known)
+    assert ((mixed == known)[:, :, 1:][:, :, 9:29] | own).all()
+    assert own.float().mean() == pytest.approx(share, abs=0.15)
+    # A position is replaced in all codebooks or in none, but for predictions that are no sound.
+    replaced, sound = own & ~(mixed == known)[:, :, 10:30], (predicted < 512)[:, :, 9:29]
+    assert torch.equal(replaced, replaced.any(1, keepdim=True) & sound & (predicted != known[:, :, 1:])[:, :, 9:29])
 
 
 def test_every_scene_but_those_held_out_is_looked_at(tmp_path):

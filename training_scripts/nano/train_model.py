@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,55 @@ AS_GENERATED = replace(
 SOUND = ("audio_codes", "audio_labels")
 
 
+class NanoTrainer(MuonTrainer):
+    """
+    The trainer of all stages.
+
+    With `own_codes`, the Talker reads its own predictions at this share of the positions of an answer, made from the
+    true codes before them: scheduled sampling in two passes (Mihaylova and Martins 2019,
+    https://arxiv.org/abs/1906.07651). Speaking, it reads nothing else.
+    """
+
+    own_codes = 0.0
+
+    def compute_loss(self, model, inputs, *arguments, **options):
+        """The step's share of the loss."""
+        labels = inputs.get("audio_labels")
+        if not (model.training and self.own_codes and labels is not None):
+            return super().compute_loss(model, inputs, *arguments, **options)
+        whole: Any = self.accelerator.unwrap_model(model)
+        read = partial(read_own_codes, labels, self.own_codes, whole.config.audio_codebook_size)
+        hook = whole.talker.register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            return super().compute_loss(model, inputs, *arguments, **options)
+        finally:
+            hook.remove()
+
+
+@torch.no_grad()
+def read_own_codes(
+    labels: torch.Tensor, share: float, size: int, talker: Any, arguments: tuple, options: dict
+) -> tuple[tuple, dict]:
+    """
+    Replaces a share of the codes that the Talker is about to read.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(batch_size, num_codebooks, length)`): -100 where there is no answer.
+        share (`float`): Of the positions.
+        size (`int`): Codes from here on are no sound.
+        talker, arguments, options: Of the call, which the result replaces.
+    """
+    codes = options["audio_codes"]
+    hidden = type(talker).forward(talker, *arguments, **options).last_hidden_state
+    predicted = talker.lm_head(hidden[:, :-1]).argmax(-1)
+    # What a position reads was predicted by the one before it; what is no sound, such as the stop, stays.
+    both = (labels[:, :, 1:] >= 0) & (labels[:, :, 1:] < size) & (predicted < size)
+    replaced = both & (torch.rand(len(codes), 1, codes.shape[-1] - 1, device=codes.device) < share)
+    mixed = codes.clone()
+    mixed[:, :, 1:] = torch.where(replaced, predicted, codes[:, :, 1:])
+    return arguments, {**options, "audio_codes": mixed}
+
+
 class SilentCollator(MiniMindODataCollator):
     """Batches without the answers' sound: the Talker has nothing to learn of them, and need not run."""
 
@@ -97,6 +147,7 @@ class Stage:
         silent (`bool`): Whether the answers' sound is left out: the Talker does not run.
         above_bridge (`bool`): Whether only the Thinker's layers above the one that the Talker reads are trained: what
             is said changes, how it sounds does not.
+        own_codes (`float`): See [`NanoTrainer`].
         bridge_gradient (`float`): The share of the audio loss's gradient that passes from the Talker into the Thinker.
         encoder (`str`, *optional*): A trained encoder's stage: until this one, the model's own was random.
     """
@@ -114,6 +165,7 @@ class Stage:
     augment: bool = False
     silent: bool = False
     above_bridge: bool = False
+    own_codes: float = 0.0
     bridge_gradient: float = 1.0
     encoder: str | None = None
 
@@ -362,7 +414,8 @@ def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dic
     collator_class = SilentCollator if stage.silent else MiniMindODataCollator
     # Few different lengths: the CPU's kernels are compiled for each.
     collator = collator_class(processor, model.config, feature_masking=FeatureMasking(), pad_to_multiple_of=8)
-    trainer = MuonTrainer(model, arguments, train_dataset=train_set, eval_dataset=held_out, data_collator=collator)
+    trainer = NanoTrainer(model, arguments, train_dataset=train_set, eval_dataset=held_out, data_collator=collator)
+    trainer.own_codes = stage.own_codes
     if stage.silent:
         model.talker.requires_grad_(False)
     if stage.bridge_gradient != 1:

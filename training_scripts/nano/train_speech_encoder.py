@@ -48,7 +48,7 @@ BATCH = 32
 PIECES = 160  # of the middle head
 MIDDLE = 3  # layers below it
 # Of the batches, by what they are of. With augmented speech alone CTC takes much longer to find its first words.
-SHARES = {"questions": 0.72, "answers": 0.12, "augmented": 0.16}
+SHARES = {"questions": 0.42, "phrases": 0.4, "augmented": 0.12, "answers": 0.06}
 # One in so many recordings: there are more than enough answers, and augmented copies take room.
 EVERY = {"answers": 3, "augmented": 3}
 NEIGHBOURS = 16  # batches of about one length, from which one is drawn
@@ -233,7 +233,7 @@ class SpeechTraining:
 
     def __init__(self, folder: Path, work: Path, settings: dict):
         self.folder, self.speech, self.settings = folder, work / "speech", settings
-        rows = {name: read_lines(self.speech / f"{name}.jsonl") for name in ("questions", "answers")}
+        rows = {name: read_lines(self.speech / f"{name}.jsonl") for name in ("questions", "answers", "phrases")}
         chosen = {name: choose_training(found) for name, found in rows.items()}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(work / "tokenizer" / "model")
         self.pieces = learn_pieces([row["text"] for found in chosen.values() for row in found], PIECES)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -234,12 +235,13 @@ def test_features_are_normalised_over_the_recordings():
     torch.testing.assert_close(frames.std(0), torch.ones(560), atol=1e-4, rtol=0)
 
 
-def test_features_are_made_once_and_augmented_where_that_is_asked_for(tmp_path):
+def test_features_are_made_once_and_augmented_where_that_is_asked_for(tmp_path, monkeypatch):
     speech.measure_features([np.random.default_rng(0).normal(0, 0.1, 16000)]).save_pretrained(tmp_path / "features")
     paths = [tmp_path / f"{number}.flac" for number in range(3)]
     for number, path in enumerate(paths):
         soundfile.write(path, np.random.default_rng(number).normal(0, 0.1, 8000 * (number + 1)), 16000)
-    pool = ThreadPoolExecutor(1, initializer=speech.open_extractor, initargs=(tmp_path / "features",))
+    monkeypatch.setattr(speech, "_extractor", MiniMindOFeatureExtractor.from_pretrained(tmp_path / "features"))
+    pool = ThreadPoolExecutor(1)
     plain = speech.Features(tmp_path / "plain.npy", paths, False, 0, pool)
     extractor = MiniMindOFeatureExtractor.from_pretrained(tmp_path / "features", dither=0.0)
     for number, path in enumerate(paths):
@@ -254,6 +256,9 @@ def test_features_are_made_once_and_augmented_where_that_is_asked_for(tmp_path):
         path.unlink()
     again = speech.Features(tmp_path / "plain.npy", paths, False, 0, pool)
     assert all(torch.equal(plain[number], again[number]) for number in range(3))
+    with pytest.raises(ValueError, match=r"plain.npy is of 3 recordings, not of 2: remove it"):
+        speech.Features(tmp_path / "plain.npy", paths[:2], False, 0, pool)
+    pool.shutdown()
 
 
 @pytest.mark.parametrize("count", [3, 40, 2000])
@@ -336,7 +341,7 @@ def work(tmp_path_factory):
 
     def make(folder):
         texts = ["What day is it today?", "Where is the ball?", "How are you?", "I like the blue sky."]
-        for name, pitch in (("questions", 200), ("answers", 250), ("phrases", 300)):
+        for name, pitch in (("questions", 200), ("answers", 250)):
             rows = []
             for number in range(64):
                 voice = ("slt", "rms", "awb", "kal16")[number % 4]
@@ -351,7 +356,15 @@ def work(tmp_path_factory):
             stages.write_lines(folder / f"{name}.jsonl", rows)
         return {}
 
+    def make_phrases(folder):
+        shutil.copytree(work / "speech" / "questions", folder / "phrases")
+        rows = stages.read_lines(work / "speech" / "questions.jsonl")
+        rows = [{**row, "path": row["path"].replace("questions", "phrases"), "split": "train"} for row in rows]
+        stages.write_lines(folder / "phrases.jsonl", [row for row in rows if row["voice"] != "kal16"])
+        return {}
+
     stages.run_stage(work / "speech", [work / "corpus"], {}, make)
+    stages.run_stage(work / "phrases", [work / "corpus"], {}, make_phrases)
     make_tokenizer.main([str(work), "--quick"])
     return work
 

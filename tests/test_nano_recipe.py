@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoModelForMultimodalLM, AutoProcessor, MimiModel
 
 from minimind_o_hf import default_checkpoint
+from minimind_o_hf.data import MiniMindODataCollator, MiniMindODataset
 from minimind_o_hf.trainer import MiniMindOTrainingArguments, set_trainable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_scripts" / "nano"))
@@ -35,7 +36,8 @@ stages, words, make_corpus, make_speech, train_codec, build_data, train_model, o
     )
 )
 flite, train_vision_encoder = importlib.import_module("flite"), importlib.import_module("train_vision_encoder")
-training_loop = importlib.import_module("training")
+tune_decoder = importlib.import_module("tune_decoder")
+training_loop, make_phrases = importlib.import_module("training"), importlib.import_module("make_phrases")
 needs_flite = pytest.mark.skipif(not flite.is_installed(), reason="flite is not installed")
 
 
@@ -280,18 +282,30 @@ def test_answers_are_spoken_in_one_voice_before_any_is_in_a_second_one(corpus):
 
 
 def test_phrases_have_the_words_of_questions_in_another_order():
-    questions = ["Where is my shoe?", "Tell me to open the door.", "Do you like London?"]
-    phrases = make_speech.make_phrases(questions, 200, 0)
-    assert len(set(phrases)) == 200
-    assert phrases == make_speech.make_phrases(questions, 200, 0) != make_speech.make_phrases(questions, 200, 1)
-    words = re.findall(r"\w+", " ".join(questions).lower())
+    questions = ["Repeat after me: Where is my shoe?", "I have a map. Where is it?", "Do you like London?"]
+    avoided = ["You like."]
+    phrases = make_phrases.make_phrases(questions, 300, 0, avoided)
+    assert len(set(phrases)) == 300
+    assert phrases == make_phrases.make_phrases(questions, 300, 0, avoided)
+    assert phrases != make_phrases.make_phrases(questions, 300, 1, avoided)
+    words = re.findall(r"\w+", " ".join(questions))
     counts = Counter(word for phrase in phrases[1::2] for word in re.findall(r"\w+", phrase.lower()))
-    assert set(counts) == set(words)
+    assert set(counts) == {word.lower() for word in words}
     assert max(counts.values()) < 2.5 * min(counts.values())
-    assert all(re.fullmatch(r"[A-Z'][A-Za-z' ]*\.", phrase) for phrase in phrases)
-    assert any("London" in phrase[1:] for phrase in phrases)
-    rows = make_speech.plan_phrases([{"split": "train", "question": text} for text in questions], 5)
-    assert [row["voice"] for row in rows] == ["slt", "rms", "awb", "slt", "rms"]
+    inside = {word for phrase in phrases for word in re.findall(r"\w+", phrase)[1:]}
+    assert {word for word in inside if word[0].isupper()} == {"I", "London"}
+    short = make_phrases.make_phrases(["Red and blue."], 20, 0)
+    assert "Red and blue." not in short
+    every = make_phrases.make_phrases(["Red and blue."], 20, 0, [text.lower() for text in short])
+    assert not set(short) & set(every)
+
+
+def test_phrases_are_spoken_in_turn_and_say_nothing_that_is_held_out(corpus):
+    rows = make_phrases.plan_phrases(corpus, 400)
+    assert [row["voice"] for row in rows[:4]] == ["slt", "rms", "awb", "slt"]
+    assert {row["split"] for row in rows} == {"train"}
+    said = {" ".join(re.findall(r"[a-z']+", row["text"].lower())) for row in rows}
+    assert not said & {" ".join(re.findall(r"[a-z']+", row["question"].lower())) for row in corpus}
 
 
 @needs_flite
@@ -519,7 +533,7 @@ def training(tmp_path_factory):
     training.histories = {"encoder": training.train_encoder(), "decoder": training.train_decoder()}
     training.refit_codebooks()
     training.histories["tuned"] = training.tune_decoder()
-    training.save()
+    train_codec.save_codec(training.codec, training.folder / "model")
     return training
 
 
@@ -716,27 +730,69 @@ def test_the_talker_reads_a_share_of_its_own_codes(share, shipped):
     assert torch.equal(replaced, replaced.any(1, keepdim=True) & sound & (predicted != known[:, :, 1:])[:, :, 9:29])
 
 
-def test_every_scene_but_those_held_out_is_looked_at(tmp_path):
-    figures = build_data.build_scenes(tmp_path, tmp_path, every=97)
-    corpus = make_corpus.make_conversations(seed=0, size=100)
-    held_out = {json.dumps(row["scene"]) for row in corpus if row["held"] == "scene"}
+def test_predicted_codes_are_in_step_with_the_true_ones(shipped, tmp_path):
+    model, processor = shipped
+    generator = np.random.default_rng(0)
+    texts = ("The pig lives on a farm.", "It is blue.")
+    codes = {(text, "rms"): generator.integers(512, size=(8, 14 + number)) for number, text in enumerate(texts)}
+    voices = {name: processor.voices[name] for name in ("rms", "slt")}
+    asked = {"question": "What do you say?", "scene": None, "split": "train"}
+    rows = build_data.make_rows([{**asked, "id": text, "answer": text} for text in texts], codes, voices)
+    build_data.write(tmp_path / "t2a_train.parquet", rows)
+    build_data.save_voices(voices, tmp_path / "voices.safetensors")
+    found = {answer.path: answer for answer in tune_decoder.predict_codes(model, processor, tmp_path, "train", 9)}
+    assert len(found) == 2
+    settings = train_model.AS_WRITTEN
+    dataset = MiniMindODataset([str(tmp_path / "t2a_train.parquet")], processor, model.config, settings, 0)
+    for index in range(2):
+        sample = dataset[index]
+        batch = MiniMindODataCollator(processor, model.config, feature_masking=None)([sample])
+        with torch.no_grad():
+            scores = model(**batch).audio_logits[0].argmax(-1)
+        text = json.loads(parquet.read_table(tmp_path / "t2a_train.parquet")["conversations"][index].as_py())[1][
+            "content"
+        ]
+        answer = found[f"answers/rms/{make_speech.name_of(text)}.flac"]
+        assert (answer.encoder == codes[text, "rms"]).all()
+        for number in range(8):
+            labels = batch["audio_labels"][0, number]
+            first = int((labels >= 0).nonzero()[0])
+            predicted = scores[number, first - 1 : first - 1 + answer.talker.shape[1]]
+            assert (predicted[predicted < 512] == torch.from_numpy(answer.talker[number])[predicted < 512]).all()
+    assert len(tune_decoder.predict_codes(model, processor, tmp_path, "train", 1)) == 1
+
+
+def test_every_scene_but_those_held_out_is_looked_at(tmp_path, monkeypatch):
+    drawn: list[str] = []
+
+    def draw(scene, seed):
+        drawn.append(json.dumps(scene))
+        return Image.new("RGB", (128, 128))
+
+    monkeypatch.setattr(build_data.draw_pictures, "draw_scene", draw)
+    make_corpus.main([str(tmp_path), "--quick", "--seed", "3"])
+    figures = build_data.build_scenes(tmp_path, tmp_path, every=5)
+    train, held_out = set(drawn[: figures["train"]]), set(drawn[figures["train"] :])
+    scenes = {split: {json.dumps(one) for one in found} for split, found in train_vision_encoder.all_scenes(3).items()}
+    assert len(train) > 0.9 * len(scenes["train"])
+    assert train <= scenes["train"]
+    assert held_out <= scenes["eval"]
+    own = stages.read_lines(tmp_path / "corpus" / "conversations.jsonl")
+    assert not train & {json.dumps(row["scene"]) for row in own if row["held"] == "scene"}
     for split in ("train", "eval"):
         table = parquet.read_table(tmp_path / f"scenes_{split}.parquet").to_pylist()
-        assert len(table) == figures[split] > 5
-        for row in table:
+        assert len(table) == figures[split]
+        for row in table[:50]:
             question, answer = (turn["content"] for turn in json.loads(row["conversations"]))
             assert question.startswith("<image>\n")
             assert answer.endswith(".")
             assert Image.open(io.BytesIO(row["image_bytes"][0])).size == (128, 128)
-    scenes = {split: {json.dumps(one) for one in found} for split, found in train_vision_encoder.all_scenes(0).items()}
-    assert held_out <= scenes["eval"]
-    assert not scenes["eval"] & scenes["train"]
 
 
 def test_pictures_begin_as_words(shipped):
     model, processor = copy.deepcopy(shipped[0]), shipped[1]
     model.vision_proj.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
-    assert train_model.start_vision_projector(model, processor, 96) < 0.5
+    assert train_model.start_vision_projector(model, processor, 96, 0) < 0.5
     scene = [{"shape": "star", "colour": "green", "where": "top"}]
     pixels, labels = train_vision_encoder.draw_batch([scene], np.random.default_rng(1))
     with torch.no_grad():

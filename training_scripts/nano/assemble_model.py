@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from minimind_o_hf import MiniMindOConfig, MiniMindOForConditionalGeneration, MiniMindOProcessor
 from minimind_o_hf.files import new_directory
 
-VERSION = 1
+VERSION = 2  # raised with the encoders' sizes, too
 CODEBOOK_SIZE = 512
 
 

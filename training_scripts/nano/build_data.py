@@ -4,9 +4,10 @@
     python training_scripts/nano/build_data.py WORK scenes     (more to look at, minutes)
     python training_scripts/nano/build_data.py WORK speech     (everybody else's, minutes)
 
-WORK/text gets text_train.parquet and text_eval.parquet, conversations without sound. WORK/scenes gets the same names
-for scenes, with pictures and without sound, of every scene that the corpus could have but those it holds out: the few
-hundred that it has do not teach which of two objects has what. WORK/data gets, for each split,
+WORK/text gets text_train.parquet and text_eval.parquet, conversations without sound. WORK/scenes gets
+scenes_train.parquet and scenes_eval.parquet, with pictures and without sound, of every scene that the corpus could
+have (held out are those that it holds out): the few hundred that it has do not teach which of two objects has what.
+WORK/data gets, for each split,
 
     t2a_train.parquet       written questions, spoken answers
     a2a_train.parquet       spoken questions, spoken answers
@@ -31,16 +32,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import draw_pictures
 import make_corpus
 import numpy as np
 import pyarrow as pa
 import torch
-from draw_pictures import draw_scene
 from make_speech import PROCESSES, VOICES
 from minimind_o_hf.processing.voices_minimind_o import save_voices
 from pyarrow import parquet
 from safetensors.torch import load_file
-from stages import plot_counts, read_lines, run_stage, stage_arguments
+from stages import corpus_seed, digest_of_files, plot_counts, read_lines, run_stage, stage_arguments
 from train_codec import make_fast, read_waveform
 from train_vision_encoder import all_scenes
 from transformers import MimiModel
@@ -50,7 +51,6 @@ from minimind_o_hf.data.samples import IMAGE_MARK
 from minimind_o_hf.files import new_file
 
 VERSION = 3
-SEED = 0  # the corpus's
 CODEBOOKS = 8
 REFERENCE_FRAMES = (24, 36)  # two to three seconds
 BATCH = 8  # recordings encoded at a time
@@ -230,16 +230,18 @@ def build_speech(work: Path, folder: Path) -> dict[str, int]:
 
 def build_scenes(work: Path, folder: Path, every: int) -> dict[str, int]:
     """Questions about all scenes, each with a picture of its own; one of so many questions."""
-    del work  # what the corpus holds out depends on its seed alone
-    items = make_corpus.pictures(random.Random(SEED), sys.maxsize)
+    seed = corpus_seed(work)
+    items = make_corpus.pictures(random.Random(seed), sys.maxsize)
     asked = [(item, question) for item in items for question in item.wordings]
     figures = {}
-    for split, scenes in all_scenes(SEED).items():
+    for split, scenes in all_scenes(seed).items():
         names = {json.dumps(scene) for scene in scenes}
         chosen = [one for one in asked if one[0].scene in names][::every]
         rows = []
         for number, (item, question) in enumerate(chosen):
-            picture = draw_scene(json.loads(item.scene), zlib.crc32(f"{item.scene} {question} {number}".encode()))
+            picture = draw_pictures.draw_scene(
+                json.loads(item.scene), zlib.crc32(f"{item.scene} {question} {number}".encode())
+            )
             file = io.BytesIO()
             picture.save(file, format="PNG")
             shown = text_row({"question": f"{IMAGE_MARK}\n{question}", "answer": item.answer})
@@ -262,9 +264,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     name, build, before = PARTS[options.part]
     work = options.work
-    settings = {"version": VERSION}
+    settings: dict[str, Any] = {"version": VERSION}
     if options.part == "scenes":
-        settings["every"] = 200 if options.quick else 1
+        settings |= {"every": 200 if options.quick else 1, "drawn by": digest_of_files(draw_pictures.__file__)}
         build = partial(build_scenes, every=settings["every"])
     kinds = ("t2a", "a2a", "i2t") if options.part == "speech" else (options.part,)
     outputs = [f"{kind}_{split}.parquet" for kind in kinds for split in ("train", "eval")]

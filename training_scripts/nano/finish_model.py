@@ -33,8 +33,16 @@ from minimind_o_hf.packaged import HELD_OUT_VOICES
 
 RECIPE_VERSION = "1"
 INSTALLED = Path(minimind_o_hf.__file__).parent / "nano"
-STAGES = ("corpus", "speech", "pictures", "tokenizer", "codec", "speaker_encoder", "speech_encoder", "vision_encoder")
-STAGES += (
+STAGES = (
+    "corpus",
+    "speech",
+    "phrases",
+    "pictures",
+    "tokenizer",
+    "codec",
+    "speaker_encoder",
+    "speech_encoder",
+    "vision_encoder",
     "text",
     "data",
     "model",

@@ -1,37 +1,31 @@
 """Speaks the nano corpus with flite: the answers, and the questions.
 
-    python training_scripts/nano/make_speech.py WORK            (about 40 minutes on two cores)
+    python training_scripts/nano/make_speech.py WORK            (about 35 minutes on two cores)
     python training_scripts/nano/make_speech.py WORK --quick
 
 It needs flite's library and voices (Debian, Ubuntu: apt install flite). Three voices are trained on; the
 fourth, kal16, speaks only what is evaluated. WORK/speech gets
 
-    answers.jsonl, questions.jsonl, phrases.jsonl    `text`, `voice`, `split`, `kind`, `seconds` and `path` of each
-    answers/VOICE/, questions/VOICE/, phrases/VOICE/ FLAC, 16 kHz, mono
+    answers.jsonl, questions.jsonl    `text`, `voice`, `split`, `kind`, `seconds` and `path` of each recording
+    answers/VOICE/, questions/VOICE/  FLAC, 16 kHz, mono
 
 Answers are spoken with their words on the codec's grid (see `flite.py`), questions as flite speaks: the model has to
 understand those as they come. Training answers are spoken in one voice each, then in a second and a third, those of
 the closed domain before the sentences to repeat; training questions in one voice each; what is evaluated, in all
 four. The default budgets are enough for all; smaller ones leave out the last. Every recording begins with 80 ms of
 silence, ends with 80 to 160 ms and lasts a whole number of 80 ms frames: so the same words give nearly the same codes.
-
-Phrases are the questions' words in an order that none of them has, for the speech encoder alone. Of questions alone it
-learns which word comes next rather than how it sounds: in a wording that it had never heard, "write cake and lemons on
-my list" became "Robert cake and lemons on my list".
 """
 
 import functools
 import hashlib
 import itertools
 import os
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from random import Random
 
 import flite
 import numpy as np
@@ -41,7 +35,7 @@ from stages import new_plot, read_lines, run_stage, save_plot, stage_arguments, 
 
 from minimind_o_hf.files import new_file
 
-VERSION = 4
+VERSION = 3
 VOICES = ("slt", "rms", "awb")
 HELD_OUT_VOICE = "kal16"
 
@@ -138,49 +132,6 @@ def plan_questions(conversations: Sequence[dict], evaluated: int) -> tuple[list[
     return list(in_voices(train, 1)), in_all_voices(new[:evaluated])
 
 
-def make_phrases(questions: Sequence[str], count: int, seed: int) -> list[str]:
-    """
-    Phrases of the words of questions: in turn pieces of questions, and words each of which is as likely as any other.
-
-    Args:
-        questions (list of `str`): Their words.
-        count (`int`): How many different phrases.
-        seed (`int`): Of every choice.
-    """
-    random = Random(seed)
-    split = [re.findall(r"[A-Za-z']+", question) for question in sorted(questions)]
-    spellings: dict[str, Counter] = defaultdict(Counter)
-    for words in split:
-        for place, word in enumerate(words):
-            # The first word has a capital letter that is not its own.
-            spellings[word.lower()][word] += 1 if place else 1e-3
-    spelling = {word: found.most_common(1)[0][0] for word, found in sorted(spellings.items())}
-    every = list(spelling.values())
-    phrases: dict[str, None] = {}
-    while len(phrases) < count:
-        if len(phrases) % 2:
-            words = random.choices(every, k=random.randint(3, 8))
-        else:
-            words = []
-            for _ in range(random.randint(2, 4)):
-                question, length = random.choice(split), random.randint(1, 3)
-                start = random.randrange(max(1, len(question) - length + 1))
-                words += [spelling[word.lower()] for word in question[start : start + length]]
-                words += random.choices(every, k=int(random.random() < 0.4))
-        text = " ".join(words)
-        phrases[f"{text[0].upper()}{text[1:]}."] = None
-    return list(phrases)
-
-
-def plan_phrases(conversations: Sequence[dict], count: int) -> list[dict]:
-    """What is to be spoken beside answers and questions, in the voices in turn."""
-    questions = {row["question"] for row in conversations if row["split"] == "train"}
-    return [
-        {"text": text, "kind": "phrase", "split": "train", "voice": VOICES[number % len(VOICES)]}
-        for number, text in enumerate(make_phrases(sorted(questions), count, 0))
-    ]
-
-
 def in_all_voices(rows: Sequence[dict]) -> list[dict]:
     return [{**row, "voice": voice} for row in rows for voice in (*VOICES, HELD_OUT_VOICE)]
 
@@ -242,7 +193,6 @@ def main(arguments: list[str] | None = None) -> None:
         "version": VERSION,
         "minutes": options.minutes or (2 if options.quick else 1200),
         "question minutes": options.question_minutes or (1 if options.quick else 2000),
-        "phrases": 12 if options.quick else 15_000,
         "evaluated": 8 if options.quick else 240,
     }
     corpus = options.work / "corpus"
@@ -261,13 +211,10 @@ def main(arguments: list[str] | None = None) -> None:
             spoken[name] = speak_rows(evaluation, folder / name, float("inf"), name == "answers")
             spoken[name] += speak_rows(train, folder / name, minutes, name == "answers")
             write_lines(folder / f"{name}.jsonl", spoken[name])
-        phrases = plan_phrases(conversations, settings["phrases"])
-        spoken["phrases"] = speak_rows(phrases, folder / "phrases", float("inf"))
-        write_lines(folder / "phrases.jsonl", spoken["phrases"])
         plot_lengths(spoken, folder / "figures.png")
         return {name: count_figures(rows) for name, rows in spoken.items()}
 
-    run_stage(options.work / "speech", [corpus], settings, make, ["answers.jsonl", "questions.jsonl", "phrases.jsonl"])
+    run_stage(options.work / "speech", [corpus], settings, make, ["answers.jsonl", "questions.jsonl"])
 
 
 if __name__ == "__main__":

@@ -137,6 +137,11 @@ def run_stage(
     return True
 
 
+def corpus_seed(work: Path) -> int:
+    """The seed of WORK/corpus, on which depends what it holds out."""
+    return read_json(work / "corpus" / "started.json")["settings"]["seed"]
+
+
 def digest_of_files(*paths: str | Path) -> str:
     """For the settings of a stage that depends on files of the repository, such as its own script."""
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()

@@ -448,11 +448,13 @@ class CodecTraining:
         steps, rate = self.settings["tuning steps"], self.settings["tuning rate"]
         return train("tuned", self.folder, self.codec.decoder, loss_at, check, steps, rate)
 
-    def save(self) -> None:
-        with new_directory(self.folder / "model", overwrite=True) as temporary:
-            codec = MimiModel(self.codec.config)
-            codec.load_state_dict(self.codec.state_dict())
-            codec.half().save_pretrained(temporary)
+
+def save_codec(codec: MimiModel, folder: Path) -> None:
+    """Writes what `MimiModel.from_pretrained` loads, in float16, with PyTorch's own ELU."""
+    with new_directory(folder, overwrite=True) as temporary:
+        saved = MimiModel(codec.config)
+        saved.load_state_dict(codec.state_dict())
+        saved.half().save_pretrained(temporary)
 
 
 @torch.no_grad()
@@ -554,7 +556,7 @@ def main(arguments: list[str] | None = None) -> None:
         histories = {"encoder": training.train_encoder(), "decoder": training.train_decoder()}
         training.refit_codebooks()
         histories["tuned"] = training.tune_decoder()
-        training.save()
+        save_codec(training.codec, folder / "model")
         plot(training, histories, speech)
         explained = training.pca["explained"]
         return {

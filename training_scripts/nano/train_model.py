@@ -22,7 +22,7 @@ from corpus_words import POSITIONS, SHAPES
 from draw_pictures import CENTRES, COLOURS
 from optimizers import MuonTrainer
 from safetensors.torch import load_file
-from stages import read_lines, run_stage, stage_arguments
+from stages import corpus_seed, read_lines, run_stage, stage_arguments
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from train_vision_encoder import PATCH, SIDE, all_scenes, balanced, draw_batch
 from transformers import (
@@ -62,6 +62,10 @@ AS_GENERATED = replace(
     augmentation=None,
 )
 
+# Rows as they are written, for what is measured.
+AS_WRITTEN = replace(
+    SampleSettings.deterministic(MAX_LENGTH), drop_empty_think=0.0, speech_only=1.0, speech_then_text=0.0
+)
 
 SOUND = ("audio_codes", "audio_labels")
 
@@ -205,7 +209,7 @@ STAGES = {
     "a2a_projector": Stage("t2a", ("a2a",), "audio_proj", encoder="speech_encoder", **PROJECTING),
     "a2a": Stage("a2a_projector", ("a2a",) * 3 + ("t2a",), steps=1000, augment=True, **UNDERSTANDING),
     "i2t_projector": Stage("a2a", ("i2t",), "vision_proj", encoder="vision_encoder", **PROJECTING),
-    "understanding": Stage("i2t_projector", ("scenes", "a2a", "a2a", "t2a"), steps=3000, **UNDERSTANDING),
+    "understanding": Stage("i2t_projector", ("scenes",) * 2 + ("a2a",) * 2 + ("t2a",), steps=3000, **UNDERSTANDING),
     # Everything at once, and by far the longest: what was learnt before gives it a start.
     "i2t": Stage(
         "understanding",
@@ -228,15 +232,14 @@ STAGES = {
 
 
 def put_encoder(folder: Path, model: Any, processor: Any) -> None:
-    """Puts a trained encoder, and what prepares its inputs, in the place of the random one."""
+    """Puts a trained encoder, and what prepares its inputs, in the place of the model's own."""
     encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
     if folder.parent.name == "speech_encoder":
         processor.feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
-        tower = model.audio_tower
+        model.audio_tower, model.config.audio_config = encoder, encoder.config
     else:
         processor.image_processor = AutoImageProcessor.from_pretrained(folder)
-        tower = model.vision_tower
-    tower.load_state_dict(encoder.state_dict())
+        model.vision_tower, model.config.vision_config = encoder, encoder.config
 
 
 def start_speech_projector(model: Any, processor: Any, work: Path, clips: int) -> float:
@@ -270,7 +273,7 @@ def start_speech_projector(model: Any, processor: Any, work: Path, clips: int) -
     return fit_projector(model.audio_proj, torch.cat(frames), torch.cat(targets))
 
 
-def start_vision_projector(model: Any, processor: Any, pictures: int) -> float:
+def start_vision_projector(model: Any, processor: Any, pictures: int, seed: int) -> float:
     """
     Does the same for the vision projector: a token that sees an object becomes the sum of the embeddings of its shape,
     its colour and its place, as in "green", "star", "top". From a random start the Thinker sees what is in a picture,
@@ -279,6 +282,7 @@ def start_vision_projector(model: Any, processor: Any, pictures: int) -> float:
     Args:
         model, processor: With the trained vision encoder.
         pictures (`int`): To be drawn, of training scenes.
+        seed (`int`): Of the corpus.
 
     Returns:
         `float`: The share of the embeddings' variance that is missed.
@@ -295,7 +299,7 @@ def start_vision_projector(model: Any, processor: Any, pictures: int) -> float:
     nearest = torch.cdist(places, torch.tensor([CENTRES[where] for where in POSITIONS])).argmin(1)
     shapes, colours, where = of_words(SHAPES), of_words(COLOURS), of_words(POSITIONS)[nearest]
     generator = np.random.default_rng(0)
-    scenes = all_scenes(0)["train"]
+    scenes = all_scenes(seed)["train"]
     tokens, targets = [], []
     with torch.no_grad():
         for _ in range(0, pictures, DRAWN_AT_ONCE):
@@ -373,7 +377,7 @@ def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dic
         missed = (
             start_speech_projector(model, processor, work, 20 if quick else 2000)
             if stage.encoder == "speech_encoder"
-            else start_vision_projector(model, processor, 48 if quick else 2400)
+            else start_vision_projector(model, processor, 48 if quick else 2400, corpus_seed(work))
         )
         sys.stderr.write(f"the projector starts with {missed:.3f} of the variance missed\n")
     settings = replace(
@@ -382,10 +386,7 @@ def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dic
         augmentation=SpeechAugmentation() if stage.augment else None,
     )
     train_set = MiniMindODataset(stage.files(work, "train"), processor, model.config, settings, 0)
-    unchanged = replace(
-        SampleSettings.deterministic(MAX_LENGTH), drop_empty_think=0.0, speech_only=1.0, speech_then_text=0.0
-    )
-    held_out = MiniMindODataset(stage.files(work, "eval"), processor, model.config, unchanged, 0)
+    held_out = MiniMindODataset(stage.files(work, "eval"), processor, model.config, AS_WRITTEN, 0)
     steps = 3 if quick else stage.steps
     arguments = MiniMindOTrainingArguments(
         output_dir=str(folder / "run"),

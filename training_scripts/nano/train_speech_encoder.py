@@ -8,13 +8,15 @@ The last line goes on from a copy of WORK/speech_encoder/training.pt.
 
 The encoder has 16.7 frames a second and flite speaks up to 22 letters: so frames are not taken for letters. Two linear
 heads are trained with it: one on its middle layer spells pieces of words, the one on its last layer gives the nano
-tokenizer's own tokens, which is what the language model has to know of a question.
+tokenizer's own tokens, which is what the language model has to know of a question, and where its speech projector
+starts from (`train_model.py`).
 
-Features are prepared once, in WORK/speech_encoder: those of every recording, and again, augmented, those of some. So a
-step takes a third of what it did when each made its own.
+Features are prepared once, in WORK/speech_encoder, where they take about 3 GB until the stage is done: those of every
+question and phrase and of some answers, and again, augmented, those of some questions. Made anew at each step they
+would take twice as long as the step itself.
 
 WORK/speech_encoder/model is what `FunAsrNanoEncoder.from_pretrained` loads, in float16, with the feature extractor,
-which holds the normalisation measured on the corpus. `heads.safetensors` beside it is for evaluation alone.
+which holds the normalisation measured on the corpus. `heads.safetensors` has the heads.
 """
 
 import sys
@@ -37,7 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
 from training import encoder_arguments, load_start, steps_and_start, train
-from transformers import AutoTokenizer, FunAsrNanoEncoderConfig
+from transformers import AutoModel, AutoTokenizer, FunAsrNanoEncoderConfig
 from transformers.models.fun_asr_nano import FunAsrNanoEncoder
 
 from minimind_o_hf.data import FeatureMasking, SpeechAugmentation
@@ -153,11 +155,13 @@ class Features:
         if not beside.is_file():
             jobs = [(recording, [seed, number] if augmented else None) for number, recording in enumerate(recordings)]
             found = list(pool.map(features_of, jobs, chunksize=64))
-            # The lengths last: with them the file is complete.
+            # The lengths last: with them all is complete.
             for target, values in ((path, np.concatenate(found)), (beside, np.array([len(one) for one in found]))):
                 with new_file(target) as temporary, temporary.open("wb") as file:
                     np.save(file, values)
-        self.frames, self.lengths = np.load(path, mmap_mode="r"), np.load(beside)
+        self.path, self.frames, self.lengths = path, np.load(path, mmap_mode="r"), np.load(beside)
+        if len(self.lengths) != len(recordings):
+            raise ValueError(f"{path} is of {len(self.lengths)} recordings, not of {len(recordings)}: remove it.")
         self.starts = np.cumsum(self.lengths) - self.lengths
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -186,10 +190,10 @@ def features_of(job: tuple[Path, list[int] | None]) -> np.ndarray:
 
 class Clips:
     """
-    Recordings of one sort, from short to long, with what they say.
+    Recordings of one sort, with what they say.
 
     Args:
-        rows (list of `dict`): With `text`.
+        rows (list of `dict`): With `text`, from short to long but for what augmentation changes.
         features ([`Features`]): Theirs.
         pieces ([`~tokenizers.Tokenizer`]), tokenizer: Of the two heads.
     """
@@ -213,10 +217,10 @@ class Clips:
         return features, mask, {name: [ids[index] for index in chosen] for name, ids in self.targets.items()}
 
     def draw(self, random: np.random.Generator) -> tuple:
-        """A batch of recordings of about one length."""
+        """A batch of neighbours."""
         count = len(self.rows)
         size = min(count, BATCH * NEIGHBOURS)
-        # The shortest and the longest are drawn as often as the others.
+        # The window may stand over an end, so that the shortest and the longest are not hardly ever drawn.
         start = min(max(0, int(random.integers(-size // 2, count - size // 2 + 1))), count - size)
         return self.batch((random.choice(size, min(BATCH, size), replace=False) + start).tolist(), random)
 
@@ -232,8 +236,8 @@ class SpeechTraining:
     """
 
     def __init__(self, folder: Path, work: Path, settings: dict):
-        self.folder, self.speech, self.settings = folder, work / "speech", settings
-        rows = {name: read_lines(self.speech / f"{name}.jsonl") for name in ("questions", "answers", "phrases")}
+        self.folder, self.work, self.settings = folder, work, settings
+        rows = {name: read_recorded(work, name) for name in ("questions", "answers", "phrases")}
         chosen = {name: choose_training(found) for name, found in rows.items()}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(work / "tokenizer" / "model")
         self.pieces = learn_pieces([row["text"] for found in chosen.values() for row in found], PIECES)
@@ -246,7 +250,7 @@ class SpeechTraining:
             self.clips = {name: self.prepare(name, found, pool) for name, found in kept.items()}
         self.evaluation = self.clips.pop("evaluation")
         torch.manual_seed(settings["seed"])
-        self.encoder: Any = FunAsrNanoEncoder._from_config(encoder_config(), attn_implementation="eager")
+        self.encoder: Any = AutoModel.from_config(encoder_config(), attn_implementation="eager")
         sizes = self.pieces.get_vocab_size(), len(self.tokenizer)
         self.heads = Heads(self.encoder.config.hidden_size, *sizes)
         self.network = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
@@ -258,19 +262,19 @@ class SpeechTraining:
         path = self.folder / "features"
         if not path.is_dir():
             measured = rows[:: self.settings["measured every"]]
-            extractor = measure_features([read(self.speech / row["path"]) for row in measured])
+            extractor = measure_features([read(self.work / row["path"]) for row in measured])
             with new_directory(path) as temporary:
                 extractor.save_pretrained(temporary)
 
     def prepare(self, name: str, rows: list[dict], pool: Executor) -> Clips:
         """Recordings with their features, which are kept in the stage's folder."""
-        path, paths = self.folder / f"{name}.npy", [self.speech / row["path"] for row in rows]
+        path, paths = self.folder / f"{name}.npy", [self.work / row["path"] for row in rows]
         features = Features(path, paths, name == "augmented", self.settings["seed"], pool)
         return Clips(rows, features, self.pieces, self.tokenizer)
 
-    def scores(self, features: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def scores(self, features: torch.Tensor, mask: torch.Tensor, fast: bool = True) -> dict[str, torch.Tensor]:
         # With eager attention a step in bfloat16 takes 0.6 of the time of one in float32.
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             found = self.encoder(features, input_features_mask=mask, output_hidden_states=True)
             scores = self.heads(found.hidden_states[MIDDLE], found.last_hidden_state)
         return {name: values.float() for name, values in scores.items()}
@@ -305,6 +309,11 @@ class SpeechTraining:
         ]
         return MuonAndAdamW(*groups, (0.9, 0.99))
 
+    def remove_features(self) -> None:
+        """They are large, and can be made again."""
+        for path in self.folder.glob("*.npy"):
+            path.unlink()
+
     def save(self) -> None:
         with new_directory(self.folder / "model", overwrite=True) as temporary:
             saved = FunAsrNanoEncoder(self.encoder.config)
@@ -331,7 +340,7 @@ class SpeechTraining:
             heard: dict[str, list[str]] = {name: [] for name in decode}
             for at in range(0, len(chosen), BATCH):
                 features, mask, _ = self.evaluation.batch(chosen[at : at + BATCH])
-                for name, scores in self.scores(features, mask).items():
+                for name, scores in self.scores(features, mask, fast=False).items():
                     for row, length in zip(scores, mask.sum(1).tolist(), strict=True):
                         heard[name].append(normalise(decode[name](greedy(row[:length]))))
             texts = [rows[index]["text"] for index in chosen]
@@ -341,6 +350,13 @@ class SpeechTraining:
         return figures
 
 
+def read_recorded(work: Path, name: str) -> list[dict]:
+    """The recordings of a sort; `path` is from `work`."""
+    folder = "phrases" if name == "phrases" else "speech"
+    rows = read_lines(work / folder / f"{name}.jsonl")
+    return [{**row, "path": f"{folder}/{row['path']}"} for row in rows]
+
+
 def choose_training(rows: Sequence[dict]) -> list[dict]:
     """Training recordings, from short to long."""
     return sorted((row for row in rows if row["split"] == "train"), key=lambda row: (row["seconds"], row["path"]))
@@ -348,7 +364,7 @@ def choose_training(rows: Sequence[dict]) -> list[dict]:
 
 def plot(history: Sequence[dict], errors: dict[str, dict], path: Path) -> None:
     figure, (losses, bars) = new_plot(1, 2)
-    losses.plot([row["step"] for row in history], [row["train"] for row in history], label="training, augmented")
+    losses.plot([row["step"] for row in history], [row["train"] for row in history], label="training")
     losses.plot([row["step"] for row in history], [row["held out"] for row in history], label="held-out questions")
     losses.set(xlabel="step", ylabel="CTC loss", yscale="log")
     losses.legend()
@@ -380,6 +396,7 @@ def main(arguments: list[str] | None = None) -> None:
         history = training.train()
         training.save()
         errors = training.judge()
+        training.remove_features()
         plot(history, errors, folder / "figures.png")
         return {
             "parameters": sum(parameter.numel() for parameter in training.encoder.parameters()),
@@ -388,7 +405,7 @@ def main(arguments: list[str] | None = None) -> None:
             "errors": errors,
         }
 
-    inputs = [options.work / name for name in ("speech", "tokenizer")]
+    inputs = [options.work / name for name in ("speech", "phrases", "tokenizer")]
     run_stage(options.work / "speech_encoder", inputs, settings, make)
 
 

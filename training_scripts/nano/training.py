@@ -58,7 +58,7 @@ def train(
     check: Callable[[], float],
     steps: int,
     rate: float,
-    make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] | None = None,
+    make_optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw,
 ) -> list[dict]:
     """
     Trains a network, and leaves it as it was when its held-out loss was least. Goes on from `folder/NAME.pt`; takes
@@ -72,7 +72,7 @@ def train(
         check (callable): The held-out loss.
         steps (`int`): How many.
         rate (`float`): Learning rate, which warms up over 100 steps and falls to 0 as a cosine does.
-        make_optimizer (callable, *optional*): Makes an optimiser from the network and the rate. Default: AdamW.
+        make_optimizer (callable): Makes an optimiser from the network and the rate.
 
     Returns:
         list of `dict`: `step`, `train` (mean since the last), `held out` and `seconds`.
@@ -82,7 +82,6 @@ def train(
         network.load_state_dict(load_file(finished))
         return read_lines(folder / f"{name}.jsonl")
     path = folder / f"{name}.pt"
-    make_optimizer = make_optimizer or adamw
     optimizer = make_optimizer(network, rate)
     step, history, best = 0, [], {"loss": math.inf, "weights": {}}
     if path.is_file():

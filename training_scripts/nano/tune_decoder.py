@@ -13,30 +13,31 @@ WORK/decoder/model is the finished codec.
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from listening import error_rates, transcribe
-from make_speech import VOICES, name_of
+from make_speech import name_of
 from minimind_o_hf.processing.voices_minimind_o import load_voices
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from stages import new_plot, read_json, read_lines, run_stage, save_plot, stage_arguments, write_json
-from train_codec import BATCH, CODEBOOKS, CROP, FRAME, RATE, Speech, make_fast, read_waveform, sound_loss
-from train_model import MAX_LENGTH
+from train_codec import BATCH, CODEBOOKS, CROP, FRAME, RATE, Speech, make_fast, read_waveform, save_codec, sound_loss
+from train_model import AS_WRITTEN
 from training import train
 from transformers import AutoModelForMultimodalLM, AutoProcessor, MimiModel
 
-from minimind_o_hf.data import MiniMindODataCollator, MiniMindODataset, SampleSettings
-from minimind_o_hf.files import new_directory, new_file
+from minimind_o_hf.data import MiniMindODataCollator, MiniMindODataset
+from minimind_o_hf.files import new_file
 
 VERSION = 1
 # Of the batches, by where their codes are from; plain speech is what a user's own recordings are.
 SHARES = {"encoder": 0.4, "talker": 0.4, "plain": 0.2}
 FEWER_CODES = 0.15  # of the batches: the last codebooks say little, and are often wrong
+SOURCES = ("encoder", "talker")
 AT_ONCE = 32
 
 
@@ -56,9 +57,9 @@ class Answer:
     talker: np.ndarray
 
 
-def choose_answers(data: Path, count: int) -> list[tuple[int, str]]:
-    """Rows of `t2a_train.parquet` whose answers differ in text or voice, and the path of each one's recording."""
-    columns = parquet.read_table(data / "t2a_train.parquet", columns=["conversations", "spk_emb"]).to_pydict()
+def choose_answers(data: Path, split: str, count: int) -> list[tuple[int, str]]:
+    """Rows of WORK/data whose answers differ in text or voice, and the path of each one's recording."""
+    columns = parquet.read_table(data / f"t2a_{split}.parquet", columns=["conversations", "spk_emb"]).to_pydict()
     voices = load_voices(data / "voices.safetensors")
     chosen: dict[str, int] = {}
     for index, (turns, embedding) in enumerate(zip(columns["conversations"], columns["spk_emb"], strict=True)):
@@ -71,60 +72,52 @@ def choose_answers(data: Path, count: int) -> list[tuple[int, str]]:
 
 
 @torch.no_grad()
-def predict_codes(model: Any, processor: Any, data: Path, count: int) -> list[Answer]:
+def predict_codes(model: Any, processor: Any, data: Path, split: str, count: int) -> list[Answer]:
     """
-    Training answers, with the codes that the Talker predicts from the true ones before them.
+    Answers, with the codes that the Talker predicts from the true ones before them.
 
     Args:
         model, processor: Thinker and Talker.
         data (`Path`): The stage of that name.
-        count (`int`): How many answers.
+        split (`str`), count (`int`): Which answers, and how many at most.
     """
-    settings = replace(
-        SampleSettings.deterministic(MAX_LENGTH), drop_empty_think=0.0, speech_only=1.0, speech_then_text=0.0
-    )
-    rows = MiniMindODataset([str(data / "t2a_train.parquet")], processor, model.config, settings, 0)
+    rows = MiniMindODataset([str(data / f"t2a_{split}.parquet")], processor, model.config, AS_WRITTEN, 0)
     collate = MiniMindODataCollator(processor, model.config, feature_masking=None, pad_to_multiple_of=8)
     size = model.config.audio_codebook_size
     found = []
-    chosen = choose_answers(data, count)
+    chosen = choose_answers(data, split, count)
     for start in range(0, len(chosen), AT_ONCE):
         part = chosen[start : start + AT_ONCE]
         batch = collate([rows[index] for index, _ in part])
         batch.pop("labels")
         labels = batch.pop("audio_labels")[:, :, 1:]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(**batch).audio_logits
-        predicted = logits[:, :, :-1, :size].argmax(-1)
+        predicted = model(**batch).audio_logits[:, :, :-1, :size].argmax(-1)
         for (_, path), true, codes in zip(part, labels, predicted, strict=True):
             speech = (true >= 0) & (true < size)  # of each codebook, a position later than of the one before
-            if len(set(speech.sum(1).tolist())) == 1:
+            if len(set(speech.sum(1).tolist())) == 1:  # otherwise the row was too long, and its end is missing
                 shape = (CODEBOOKS, -1)
                 found.append(Answer(path, true[speech].reshape(shape).numpy(), codes[speech].reshape(shape).numpy()))
     return found
 
 
-def load_answers(work: Path, folder: Path, count: int) -> list[Answer]:
+def load_answers(work: Path, folder: Path, split: str, count: int) -> list[Answer]:
     """The answers of [`predict_codes`], which are kept in the stage's folder."""
-    path, names = folder / "predicted.safetensors", folder / "predicted.json"
+    path, names = folder / f"{split}.safetensors", folder / f"{split}.json"
     if not names.is_file():
         source = work / "answers" / "model"
         model: Any = AutoModelForMultimodalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-        answers = predict_codes(model.eval(), AutoProcessor.from_pretrained(source), work / "data", count)
+        answers = predict_codes(model.eval(), AutoProcessor.from_pretrained(source), work / "data", split, count)
         both = {
             name: torch.from_numpy(np.concatenate([getattr(answer, name) for answer in answers], axis=1)).short()
-            for name in ("encoder", "talker")
+            for name in SOURCES
         }
         with new_file(path) as temporary:
             save_file(both, temporary)
         # The names last: with them all is complete.
         write_json(names, {answer.path: answer.encoder.shape[1] for answer in answers})
-    lengths = read_json(names)
-    parts = {name: codes.long().split(list(lengths.values()), dim=1) for name, codes in load_file(path).items()}
-    return [
-        Answer(path, encoder.numpy(), talker.numpy())
-        for path, encoder, talker in zip(lengths, parts["encoder"], parts["talker"], strict=True)
-    ]
+    lengths, codes = read_json(names), load_file(path)
+    parts = [[part.long().numpy() for part in codes[name].split(list(lengths.values()), dim=1)] for name in SOURCES]
+    return [Answer(*one) for one in zip(lengths, *parts, strict=True)]
 
 
 class DecoderTraining:
@@ -143,20 +136,20 @@ class DecoderTraining:
         make_fast(self.codec)
         self.codec.requires_grad_(False)
         self.codec.decoder.requires_grad_(True)
-        answers = load_answers(work, folder, settings["answers"])
+        answers = load_answers(work, folder, "train", settings["answers"])
         self.answers = [answer for answer in answers if answer.encoder.shape[1] >= CROP]
         self.sounds = [read_waveform(self.speech / answer.path).astype(np.float16) for answer in self.answers]
         questions = [row for row in read_lines(self.speech / "questions.jsonl") if row["split"] == "train"]
         self.plain = Speech(questions[:: max(1, len(questions) // settings["plain"])], self.speech)
-        rows = [row for row in read_lines(self.speech / "answers.jsonl") if row["split"] == "eval"]
-        self.evaluation = [row for row in rows if row["voice"] in VOICES and row["kind"] != "repeat"]
-        self.held_out = [self.encoded(row) for row in self.evaluation[: settings["held out"]]]
-
-    @torch.no_grad()
-    def encoded(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """A recording `(1, num_samples)` and its codes `(1, 8, num_frames)`."""
-        waveform = torch.from_numpy(read_waveform(self.speech / row["path"]))[None]
-        return waveform, self.codec.encode(waveform[:, None]).audio_codes
+        texts = {
+            row["path"]: row["text"] for row in read_lines(self.speech / "answers.jsonl") if row["kind"] != "repeat"
+        }
+        evaluation = load_answers(work, folder, "eval", settings["evaluated"])
+        self.judged = [(answer, texts[answer.path]) for answer in evaluation if answer.path in texts]
+        self.held_out = [
+            (torch.from_numpy(read_waveform(self.speech / answer.path))[None], answer)
+            for answer, _ in self.judged[: settings["held out"]]
+        ]
 
     def decoded(self, codes: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -190,27 +183,29 @@ class DecoderTraining:
 
     @torch.no_grad()
     def check(self) -> float:
-        return float(np.mean([sound_loss(self.decoded(codes), waveform).item() for waveform, codes in self.held_out]))
+        """Mean of encoder's and Talker's codes."""
+        losses = []
+        for waveform, answer in self.held_out:
+            for source in SOURCES:
+                made = self.decoded(torch.from_numpy(getattr(answer, source))[None])
+                length = min(made.shape[1], waveform.shape[1])
+                losses.append(sound_loss(made[:, :length], waveform[:, :length]).item())
+        return float(np.mean(losses))
 
     def train(self) -> list[dict]:
         steps, rate = self.settings["steps"], self.settings["rate"]
         return train("training", self.folder, self.codec.decoder, self.loss_at, self.check, steps, rate)
 
-    def save(self) -> None:
-        with new_directory(self.folder / "model", overwrite=True) as temporary:
-            codec = MimiModel(self.codec.config)
-            codec.load_state_dict(self.codec.state_dict())
-            codec.half().save_pretrained(temporary)
-
     @torch.no_grad()
     def judge(self, codec_folder: Path) -> dict:
-        """A recogniser's error rates on held-out answers, by voice, through the codec of `codec_folder`."""
+        """A recogniser's error rates on held-out answers, by where their codes are from."""
         codec: Any = MimiModel.from_pretrained(codec_folder, dtype=torch.float32)
+        texts = [text for _, text in self.judged]
         figures = {}
-        for voice in VOICES:
-            rows = [row for row in self.evaluation if row["voice"] == voice][: self.settings["judged"]]
-            sounds = [codec.decode(self.encoded(row)[1]).audio_values[0, 0].numpy() for row in rows]
-            figures[voice] = error_rates([row["text"] for row in rows], [transcribe(sound, RATE) for sound in sounds])
+        for source in SOURCES:
+            codes = [torch.from_numpy(getattr(answer, source))[None] for answer, _ in self.judged]
+            sounds = [codec.decode(one).audio_values[0, 0].numpy() for one in codes]
+            figures[source] = error_rates(texts, [transcribe(sound, RATE) for sound in sounds])
         return figures
 
 
@@ -223,8 +218,8 @@ def plot(history: list[dict], errors: dict[str, dict], path: Path) -> None:
     for shift, (name, found) in zip((-0.2, 0.2), errors.items(), strict=True):
         places = np.arange(len(found)) + shift
         bars.bar(places, [rates["cer"] for rates in found.values()], 0.4, label=name)
-    bars.set_xticks(range(len(VOICES)), VOICES)
-    bars.set(ylabel="character error rate through the codec")
+    bars.set_xticks(range(len(SOURCES)), [f"{source}'s codes" for source in SOURCES])
+    bars.set(ylabel="character error rate of held-out answers")
     bars.legend()
     save_plot(figure, path)
 
@@ -239,15 +234,15 @@ def main(arguments: list[str] | None = None) -> None:
         "plain": 24 if options.quick else 1500,
         "steps": 4 if options.quick else 9000,
         "rate": 7e-4,
-        "held out": 6 if options.quick else 90,
-        "judged": 1 if options.quick else 24,
+        "evaluated": 6 if options.quick else 90,
+        "held out": 3 if options.quick else 45,
     }
     work = options.work
 
     def make(folder: Path) -> dict:
         training = DecoderTraining(folder, work, settings)
         history = training.train()
-        training.save()
+        save_codec(training.codec, folder / "model")
         errors = {name: training.judge(work / name / "model") for name in ("codec", "decoder")}
         plot(history, errors, folder / "figures.png")
         return {"answers": len(training.answers), "training": history[-1], "errors": errors}

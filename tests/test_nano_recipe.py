@@ -25,7 +25,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, MimiModel
 
 from minimind_o_hf import default_checkpoint
 from minimind_o_hf.data import MiniMindODataCollator, MiniMindODataset
-from minimind_o_hf.trainer import MiniMindOTrainingArguments, set_trainable
+from minimind_o_hf.trainer import MiniMindOTrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training_scripts" / "nano"))
 stages, words, make_corpus, make_speech, train_codec, build_data, train_model, optimizers, finish_model, nano = (
@@ -675,38 +675,6 @@ def shipped():
     return AutoModelForMultimodalLM.from_pretrained(path), AutoProcessor.from_pretrained(path)
 
 
-def test_layers_above_the_bridge_are_trained_alone(shipped):
-    model = copy.deepcopy(shipped[0])
-    set_trainable(model, "thinker")
-    train_model.freeze_up_to_bridge(model)
-    trained = {name.rsplit(".", 1)[0] for name, weight in model.named_parameters() if weight.requires_grad}
-    layers = {name.split(".")[2] for name in trained if ".layers." in name}
-    assert layers == {"2", "3"}
-    assert {name for name in trained if ".layers." not in name} == {"model.norm"}
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25])
-def test_a_share_of_the_talkers_gradient_reaches_the_thinker(share, shipped):
-    model = copy.deepcopy(shipped[0])
-    codes = torch.randint(0, 512, (1, 8, 5), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": torch.arange(300, 305)[None], "audio_codes": codes, "audio_labels": codes}
-
-    def gradients():
-        model.zero_grad()
-        loss = model(**inputs).loss
-        loss.backward()
-        parts = model.model.layers[0].self_attn.q_proj.weight, model.talker.embed_proj[0].weight
-        return loss.item(), *(torch.zeros(()) if part.grad is None else part.grad.clone() for part in parts)
-
-    before = gradients()
-    train_model.scale_bridge_gradient(model, share)
-    after = gradients()
-    assert after[0] == before[0]
-    torch.testing.assert_close(after[1], share * before[1] if share else torch.zeros_like(after[1]))
-    torch.testing.assert_close(after[2], before[2])
-    assert before[1].abs().max() > 0
-
-
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_talker_reads_a_share_of_its_own_codes(share, shipped):
     talker, stop = shipped[0].talker, shipped[0].config.audio_stop_token
@@ -728,6 +696,28 @@ def test_the_talker_reads_a_share_of_its_own_codes(share, shipped):
     # A position is replaced in all codebooks or in none, but for predictions that are no sound.
     replaced, sound = own & ~(mixed == known)[:, :, 10:30], (predicted < 512)[:, :, 9:29]
     assert torch.equal(replaced, replaced.any(1, keepdim=True) & sound & (predicted != known[:, :, 1:])[:, :, 9:29])
+
+
+def test_own_codes_are_read_in_training_alone(tiny_model, tmp_path, monkeypatch):
+    seen = []
+
+    def read(labels, share, size, talker, arguments, options):
+        seen.append((share, size, labels is batch["audio_labels"]))
+        return arguments, options
+
+    monkeypatch.setattr(train_model, "read_own_codes", read)
+    model = tiny_model()
+    codes = torch.randint(0, 20, (1, 8, 5))
+    batch = {"input_ids": torch.arange(300, 305)[None], "audio_codes": codes, "audio_labels": codes}
+    trainer = train_model.NanoTrainer(
+        model, MiniMindOTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    )
+    for share, training in ((0.0, True), (0.5, False), (0.5, True)):
+        trainer.own_codes = share
+        model.train(training)
+        assert torch.isfinite(trainer.compute_loss(model, batch))
+        assert not model.talker._forward_pre_hooks
+    assert seen == [(0.5, model.config.audio_codebook_size, True)]
 
 
 def test_predicted_codes_are_in_step_with_the_true_ones(shipped, tmp_path):

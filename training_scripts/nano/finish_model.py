@@ -51,10 +51,10 @@ STAGES = (
     "a2a_projector",
     "a2a",
     "i2t_projector",
+    "i2t",
     "scenes",
     "understanding",
-    "i2t",
-    "answers",
+    "talker",
     "decoder",
 )
 CONSENT = "A synthetic voice of flite (CMU), made of recordings that were published for this use."
@@ -173,7 +173,7 @@ def halve(folder: Path) -> None:
 
 def make_checkpoint(work: Path, folder: Path) -> dict[str, Any]:
     """Fills `folder`; returns its size and what the card says."""
-    source = work / "answers" / "model"
+    source = work / "talker" / "model"
     model: Any = AutoModelForMultimodalLM.from_pretrained(source, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(source)
     codec = MimiModel.from_pretrained(work / "decoder" / "model", dtype=torch.float32)

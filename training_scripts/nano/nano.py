@@ -62,10 +62,10 @@ STEPS = {
     "a2a_projector": Step("train_model", ("t2a", "speech_encoder"), ("a2a_projector",), alone=True),
     "a2a": Step("train_model", ("a2a_projector",), ("a2a",), alone=True),
     "i2t_projector": Step("train_model", ("a2a", "vision_encoder"), ("i2t_projector",), alone=True),
-    "understanding": Step("train_model", ("i2t_projector", "scenes"), ("understanding",), alone=True),
-    "i2t": Step("train_model", ("understanding",), ("i2t",), alone=True),
-    "answers": Step("train_model", ("i2t",), ("answers",), alone=True),
-    "decoder": Step("tune_decoder", ("answers",), alone=True),
+    "i2t": Step("train_model", ("i2t_projector",), ("i2t",), alone=True),
+    "understanding": Step("train_model", ("i2t", "scenes"), ("understanding",), alone=True),
+    "talker": Step("train_model", ("understanding",), ("talker",), alone=True),
+    "decoder": Step("tune_decoder", ("talker",), alone=True),
     "nano": Step("finish_model", ("decoder",), alone=True),
 }
 

@@ -3,7 +3,7 @@
     python training_scripts/nano/restore.py WORK
 
 Tokenizer, codec and the three encoders become finished stages of WORK, with the digests and figures that the
-checkpoint carries, for the stages after them; WORK/answers gets the model. WORK/codec has the finished decoder, and
+checkpoint carries, for the stages after them; WORK/talker gets the model. WORK/codec has the finished decoder, and
 the speech encoder lacks its heads, which are not in the checkpoint. A stage that is then run with other settings or
 inputs than those it had empties its folder and trains anew.
 """
@@ -23,7 +23,7 @@ from minimind_o_hf import default_checkpoint
 from minimind_o_hf.files import new_directory, new_file
 from minimind_o_hf.packaged import HELD_OUT_VOICES
 
-PARTS = ("tokenizer", "codec", "decoder", "speaker_encoder", "speech_encoder", "vision_encoder", "answers")
+PARTS = ("tokenizer", "codec", "decoder", "speaker_encoder", "speech_encoder", "vision_encoder", "talker")
 
 
 def write_part(name: str, source: Path, model: Any, processor: Any, folder: Path) -> None:
@@ -34,7 +34,7 @@ def write_part(name: str, source: Path, model: Any, processor: Any, folder: Path
         copy.deepcopy(processor.audio_tokenizer).half().save_pretrained(folder)
     elif name == "speaker_encoder":
         shutil.copytree(source / name, folder, dirs_exist_ok=True)
-    elif name == "answers":
+    elif name == "talker":
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     else:

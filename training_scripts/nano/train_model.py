@@ -149,10 +149,7 @@ class Stage:
         swap (`float`): Scheduled sampling of codes.
         augment (`bool`): Whether input speech is augmented, beside the masking of its features.
         silent (`bool`): Whether the answers' sound is left out: the Talker does not run.
-        above_bridge (`bool`): Whether only the Thinker's layers above the one that the Talker reads are trained: what
-            is said changes, how it sounds does not.
         own_codes (`float`): See [`NanoTrainer`].
-        bridge_gradient (`float`): The share of the audio loss's gradient that passes from the Talker into the Thinker.
         encoder (`str`, *optional*): A trained encoder's stage: until this one, the model's own was random.
     """
 
@@ -168,9 +165,7 @@ class Stage:
     swap: float = 0.05
     augment: bool = False
     silent: bool = False
-    above_bridge: bool = False
     own_codes: float = 0.0
-    bridge_gradient: float = 1.0
     encoder: str | None = None
 
     def inputs(self, work: Path) -> list[Path]:
@@ -209,24 +204,25 @@ STAGES = {
     "a2a_projector": Stage("t2a", ("a2a",), "audio_proj", encoder="speech_encoder", **PROJECTING),
     "a2a": Stage("a2a_projector", ("a2a",) * 3 + ("t2a",), steps=1000, augment=True, **UNDERSTANDING),
     "i2t_projector": Stage("a2a", ("i2t",), "vision_proj", encoder="vision_encoder", **PROJECTING),
-    "understanding": Stage("i2t_projector", ("scenes",) * 2 + ("a2a",) * 2 + ("t2a",), steps=3000, **UNDERSTANDING),
-    # Everything at once, and by far the longest: what was learnt before gives it a start.
+    # Everything at once: Thinker and Talker learn to work together.
     "i2t": Stage(
-        "understanding",
+        "i2t_projector",
         ("t2a",) * 3 + ("i2t",) * 3 + ("a2a",),
-        steps=10_000,
+        steps=6000,
         rate=8e-4,
         talker_rate=2.5e-3,
         **SPEAKING,
     ),
-    # The audio loss is a hundred times the text's, and has the last word in the layers that both need. Those above
-    # the bridge are the text's alone.
-    "answers": Stage(
-        "i2t",
-        ("t2a", "i2t", "i2t", "a2a", "a2a"),
-        steps=1000,
-        above_bridge=True,
-        **{**UNDERSTANDING, "mode": "thinker"},
+    # The audio loss is a hundred times the text's, and has the last word in the layers that both need. So what is said
+    # is learnt after that, and how to say it once more after this, by a Talker alone.
+    "understanding": Stage("i2t", ("scenes",) * 2 + ("a2a",) * 2 + ("t2a",), steps=3000, **UNDERSTANDING),
+    "talker": Stage(
+        "understanding",
+        ("t2a",) * 3 + ("i2t",) * 2 + ("a2a",),
+        steps=6000,
+        rate=2.5e-3,
+        own_codes=0.25,
+        **{**SPEAKING, "mode": "talker"},
     ),
 }
 
@@ -332,22 +328,6 @@ def fit_projector(projector: Any, inputs: torch.Tensor, targets: torch.Tensor) -
     return loss.item()
 
 
-def scale_bridge_gradient(model: Any, share: float) -> None:
-    """Lets only a share of the Talker's gradient into the Thinker."""
-
-    def scale(_: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        (bridge,) = inputs
-        return (bridge.detach() + share * (bridge - bridge.detach()),)
-
-    model.talker.embed_proj.register_forward_pre_hook(scale)
-
-
-def freeze_up_to_bridge(model: Any) -> None:
-    """Freezes all of the Thinker that the Talker's input depends on, and the embeddings, which are the head too."""
-    for part in (model.get_input_embeddings(), *model.model.layers[: model.config.bridge_layer + 1]):
-        part.requires_grad_(False)
-
-
 def train(stage: Stage, work: Path, folder: Path, quick: bool) -> dict[str, float]:
     """
     Trains a stage and saves a checkpoint in `folder`; returns the held-out figures.
@@ -419,10 +399,6 @@ def train_in_process(stage: Stage, work: Path, folder: Path, quick: bool) -> dic
     trainer.own_codes = stage.own_codes
     if stage.silent:
         model.talker.requires_grad_(False)
-    if stage.bridge_gradient != 1:
-        scale_bridge_gradient(model, stage.bridge_gradient)
-    if stage.above_bridge:
-        freeze_up_to_bridge(model)
     run = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
     figures = trainer.evaluate()

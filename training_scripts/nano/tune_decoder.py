@@ -104,7 +104,7 @@ def load_answers(work: Path, folder: Path, split: str, count: int) -> list[Answe
     """The answers of [`predict_codes`], which are kept in the stage's folder."""
     path, names = folder / f"{split}.safetensors", folder / f"{split}.json"
     if not names.is_file():
-        source = work / "answers" / "model"
+        source = work / "talker" / "model"
         model: Any = AutoModelForMultimodalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
         answers = predict_codes(model.eval(), AutoProcessor.from_pretrained(source), work / "data", split, count)
         both = {
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
         plot(history, errors, folder / "figures.png")
         return {"answers": len(training.answers), "training": history[-1], "errors": errors}
 
-    run_stage(work / "decoder", [work / name for name in ("speech", "codec", "data", "answers")], settings, make)
+    run_stage(work / "decoder", [work / name for name in ("speech", "codec", "data", "talker")], settings, make)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_other_checkpoints_have_neither_by_default(tmp_path):
 
 def test_the_weights_carry_their_provenance():
     origin = json.loads((PATH / "provenance.json").read_text(encoding="utf-8"))
-    assert origin["recipe version"] == "1"
+    assert origin["recipe version"] == "2"
     assert origin["licence"] == "Apache-2.0"
     assert {"corpus", "speech", "codec", "lm", "t2a", "a2a", "i2t"} <= set(origin["stages"])
     for stage in origin["stages"].values():

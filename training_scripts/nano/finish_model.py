@@ -31,7 +31,7 @@ from minimind_o_hf.data.building import encode_speech
 from minimind_o_hf.files import new_directory, new_file
 from minimind_o_hf.packaged import HELD_OUT_VOICES
 
-RECIPE_VERSION = "1"
+RECIPE_VERSION = "2"
 INSTALLED = Path(minimind_o_hf.__file__).parent / "nano"
 STAGES = (
     "corpus",

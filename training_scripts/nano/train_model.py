@@ -75,8 +75,8 @@ class NanoTrainer(MuonTrainer):
     The trainer of all stages.
 
     With `own_codes`, the Talker reads its own predictions at this share of the positions of an answer: scheduled
-    sampling in two passes (Mihaylova and Martins 2019, https://arxiv.org/abs/1906.07651), of which the first reads what
-    the batch holds. Speaking, it reads nothing else. Held-out losses are of the true codes.
+    sampling in two passes (Mihaylova and Martins 2019, https://arxiv.org/abs/1906.07651), the first of which reads
+    what the batch holds. Speaking, it reads nothing else. Held-out losses are of the true codes.
     """
 
     own_codes = 0.0

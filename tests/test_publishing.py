@@ -162,7 +162,7 @@ def test_the_card(staged):
         f"| CER, all | {origin['evaluation']['CER, all']:.4g} |",
         f"| awb | en | {voice.licence} | {voice.consent} | {voice.description} |",
         "| licence | apache-2.0 |",
-        "| parameters | 6.9 M (Thinker 2.2 M, Talker 2.6 M, speech encoder 1.2 M, vision encoder 0.8 M) |",
+        "| parameters | 7.3 M (Thinker 2.2 M, Talker 2.6 M, speech encoder 1.7 M, vision encoder 0.8 M) |",
         "## Limits",
         "## Responsible use",
     ):

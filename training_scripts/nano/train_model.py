@@ -208,7 +208,7 @@ STAGES = {
     "i2t": Stage(
         "i2t_projector",
         ("t2a",) * 3 + ("i2t",) * 3 + ("a2a",),
-        steps=6000,
+        steps=4000,
         rate=8e-4,
         talker_rate=2.5e-3,
         **SPEAKING,
@@ -219,7 +219,7 @@ STAGES = {
     "talker": Stage(
         "understanding",
         ("t2a",) * 3 + ("i2t",) * 2 + ("a2a",),
-        steps=6000,
+        steps=5000,
         rate=2.5e-3,
         own_codes=0.25,
         **{**SPEAKING, "mode": "talker"},

@@ -1,6 +1,6 @@
 """Goes on with the codec's decoder, on the codes that it will be given: those that the Talker predicts.
 
-    python training_scripts/nano/tune_decoder.py WORK            (about 45 minutes on one core)
+    python training_scripts/nano/tune_decoder.py WORK            (about 30 minutes on one core)
     python training_scripts/nano/tune_decoder.py WORK --quick
 
 A decoder that has only heard an encoder's codes makes the most of a wrong one. So it also learns from codes that the
@@ -230,9 +230,9 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {
         "version": VERSION,
         "seed": 0,
-        "answers": 24 if options.quick else 9000,
+        "answers": 24 if options.quick else 6000,
         "plain": 24 if options.quick else 1500,
-        "steps": 4 if options.quick else 9000,
+        "steps": 4 if options.quick else 6000,
         "rate": 7e-4,
         "evaluated": 6 if options.quick else 90,
         "held out": 3 if options.quick else 45,

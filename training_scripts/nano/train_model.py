@@ -230,6 +230,7 @@ STAGES = {
 def put_encoder(folder: Path, model: Any, processor: Any) -> None:
     """Puts a trained encoder, and what prepares its inputs, in the place of the model's own."""
     encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    encoder.config.name_or_path = ""  # a path of this machine
     if folder.parent.name == "speech_encoder":
         processor.feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
         model.audio_tower, model.config.audio_config = encoder, encoder.config
